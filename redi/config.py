@@ -1,0 +1,256 @@
+"""Recipes: what a YAML file may say, checked before any work starts.
+
+A recipe for `redi run` is a `RunConfig`; a recipe for `redi train` is a `TrainConfig`. Field names are Hugging Face's
+where it has one. An unknown key is an error that suggests the nearest name; a value of the wrong type or
+an impossible combination is an error that names the field.
+"""
+
+import difflib
+import os
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from redi.errors import RediError
+
+# Names people bring from other trainers, and what to write here instead.
+KNOWN_ELSEWHERE = {
+    "per_device_train_batch_size": (
+        "a step is counted over all GPUs: set train_batch_size to "
+        "per_device_train_batch_size x gradient_accumulation_steps x GPUs"
+    ),
+    "gradient_accumulation_steps": (
+        "a step is train_batch_size examples; max_tokens_per_batch bounds what is in memory at once"
+    ),
+    "torch_dtype": "use dtype",
+    "packing": "traces are always packed, without padding",
+    "reinforce_rejected_coef": "use alpha",
+    "beta": "REDI is reference-free and has no beta; use alpha",
+}
+
+
+class Strict(BaseModel):
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", validate_assignment=True, protected_namespaces=()
+    )
+
+
+class DataConfig(Strict):
+    """`redi data build`: raw generations (or ready rows) to positives.parquet and pairs.parquet."""
+
+    path: str = Field(description="file, folder or glob of .jsonl, .jsonl.gz or .parquet")
+    judges: Literal["both", "any", "math_verify"] = Field(
+        "both", description="a trace is correct iff both / any of its judges, or math-verify, say so"
+    )
+    max_length: int | None = Field(None, gt=1, description="drop longer traces (tokens, prompt included)")
+    max_prompt_length: int | None = Field(None, gt=0, description="drop longer prompts (tokens)")
+    system_prompt: str | None = Field(None, description="system message put before every problem")
+    prompt_template: str = Field("{problem}", description="the user's turn; {problem} is replaced")
+    num_workers: int | None = Field(None, ge=1, description="verifier processes; default: CPU cores")
+    verify_timeout: float = Field(5.0, gt=0, description="seconds allowed to judge one answer")
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _has_slot(cls, value: str) -> str:
+        if "{problem}" not in value:
+            raise ValueError("must contain {problem}")
+        return value
+
+
+class EvalConfig(Strict):
+    """`redi eval`: sample answers and grade them."""
+
+    dataset_name: str = Field(description="rows with a problem (or prompt, question) and its answer")
+    pairs_name: str | None = Field(
+        None, description="held-out pairs whose log-probs per token are compared"
+    )
+    num_samples: int = Field(4, ge=1, description="samples per problem")
+    temperature: float = Field(0.6, ge=0, description="0 is greedy")
+    top_p: float = Field(0.95, gt=0, le=1)
+    max_new_tokens: int = Field(4096, ge=1)
+    max_problems: int | None = Field(None, ge=1, description="only the first so many problems")
+    batch_size: int = Field(64, ge=1, description="samples generated at once")
+    max_tokens_per_batch: int = Field(16384, ge=1, description="tokens scored at once (pairs_name)")
+    seed: int = 0
+    verify_timeout: float = Field(5.0, gt=0)
+    num_workers: int | None = Field(None, ge=1)
+    system_prompt: str | None = None
+    prompt_template: str = "{problem}"
+
+
+class TrainConfig(Strict):
+    """`redi train`: one stage, SFT or REDI."""
+
+    # model
+    model_name_or_path: str | None = Field(None, description="folder or hub name; None: from scratch")
+    model_revision: str | None = None
+    architecture: dict[str, Any] | None = Field(
+        None,
+        description="a config.json's content: trains from scratch if model_name_or_path is not set, "
+        "and lets --dry-run work without the model's files",
+    )
+    tokenizer_name_or_path: str | None = Field(None, description="default: model_name_or_path")
+    chat_template: str | None = Field(None, description="file with a Jinja chat template to use instead")
+    rope_theta: float | None = Field(None, gt=0, description="overrides the model's, and is exported")
+    max_position_embeddings: int | None = Field(None, gt=0, description="as rope_theta")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the exported weights; training weights are always float32"
+    )
+    bf16: bool = Field(True, description="compute in bfloat16 on CUDA (fp32 master weights either way)")
+    trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
+    # data
+    dataset_name: str = Field(description="positives.parquet, pairs.parquet, or ready rows")
+    max_length: int = Field(32768, gt=1, description="longer traces are dropped and counted, never cut")
+    max_prompt_length: int | None = Field(None, gt=0)
+    expected_examples: int | None = Field(
+        None, gt=0, description="rows the dataset should hold; used by --dry-run when it is absent"
+    )
+    # objective
+    objective: Literal["sft", "redi"] = "redi"
+    alpha: float = Field(0.8, ge=0, description="weight of the rejected traces (paper Eq. 5)")
+    # optimisation
+    output_dir: str
+    num_train_epochs: float = Field(1.0, gt=0)
+    max_steps: int = Field(-1, ge=-1, description="-1: as num_train_epochs says")
+    train_batch_size: int = Field(32, ge=1, description="pairs (or traces) per step, over all GPUs")
+    max_tokens_per_batch: int = Field(16384, ge=1, description="tokens per GPU in memory at once")
+    learning_rate: float = Field(1e-6, gt=0)
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(1e-4, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    seed: int = 42
+    # logging and saving
+    logging_steps: int = Field(1, ge=1)
+    save_steps: int = Field(200, ge=1)
+    save_total_limit: int = Field(2, ge=1)
+    resume_from_checkpoint: bool | str = Field(
+        "auto", description="auto: newest complete checkpoint in output_dir; false: start anew; a path"
+    )
+
+    @field_validator("alpha")
+    @classmethod
+    def _alpha_above_one(cls, value: float) -> float:
+        if value > 1:
+            warnings.warn(
+                f"alpha = {value} pushes rejected traces harder than it pulls chosen ones; "
+                "the paper's runs collapse at alpha = 1 already",
+                stacklevel=2,
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _model_is_given(self) -> "TrainConfig":
+        if self.model_name_or_path is None and self.architecture is None:
+            raise ValueError("set model_name_or_path, or architecture to train from scratch")
+        if self.model_name_or_path is None and self.tokenizer_name_or_path is None:
+            raise ValueError("training from scratch needs tokenizer_name_or_path")
+        return self
+
+
+class TaskConfig(Strict):
+    """The generated arithmetic task of the demo (redi/data/arithmetic.py)."""
+
+    teacher: Literal["habit", "slip"] = Field(
+        "habit", description="wrong traces show a habit that errs / are correct steps but for one slip"
+    )
+    num_problems: int = Field(3000, ge=1, description="training problems")
+    num_generations: int = Field(8, ge=1, description="teacher traces per problem")
+    num_pretrain: int = Field(16000, ge=0, description="clean step-by-step sums the student starts from")
+    num_validation: int = Field(500, ge=1)
+    num_test: int = Field(1000, ge=1)
+    seed: int = 0
+
+
+class RunConfig(Strict):
+    """`redi run`: data -> (pretrain) -> SFT -> arms -> evaluation -> table and curves."""
+
+    name: str
+    output_dir: str
+    task: TaskConfig | None = Field(None, description="generate this task instead of reading data.path")
+    data: DataConfig | None = None
+    defaults: dict[str, Any] = Field(
+        default_factory=dict, description="TrainConfig fields that every stage shares"
+    )
+    pretrain: dict[str, Any] | None = Field(None, description="TrainConfig fields; optional stage 0")
+    sft: dict[str, Any] = Field(description="TrainConfig fields of stage 1")
+    arms: dict[str, dict[str, Any]] = Field(
+        description="TrainConfig fields of each stage-2 run, by name; all start from the SFT model"
+    )
+    eval: EvalConfig
+    baseline: str | None = Field(None, description="arm that the others are compared with")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        if (self.task is None) == (self.data is None):
+            raise ValueError("give exactly one of task (generate data) and data (read it)")
+        if self.baseline is not None and self.baseline not in {"sft", *self.arms}:
+            raise ValueError(f"baseline {self.baseline!r} is none of the arms {sorted(self.arms)}")
+        reserved = {"pretrain", "sft", "data", "plots"} & set(self.arms)
+        if reserved:
+            raise ValueError(f"arms cannot be called {sorted(reserved)}")
+        return self
+
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def load_config(kind: type[Config], path: str | os.PathLike, overrides: dict[str, Any]) -> Config:
+    """Reads a YAML recipe into `kind`; `overrides` (dotted keys allowed) win over the file.
+
+    Raises RediError for a missing file, text that is not YAML, unknown keys, and bad values.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise RediError(f"{file}: no such recipe")
+    try:
+        content = yaml.safe_load(file.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RediError(f"{file}: not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise RediError(f"{file}: a recipe is a mapping of fields to values")
+    for key, value in overrides.items():
+        _set(content, key, value)
+    return make_config(kind, content, str(file))
+
+
+def make_config(kind: type[Config], content: dict[str, Any], where: str) -> Config:
+    """Validates `content` as `kind`. Raises RediError that names `where` and every bad field."""
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise RediError(f"{where}: " + "; ".join(_explain(kind, e) for e in error.errors())) from None
+
+
+def _set(content: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
+            raise RediError(f"--{key}: {parent} is not a section of the recipe")
+    content[leaf] = value
+
+
+def _explain(kind: type[BaseModel], error: Any) -> str:
+    field = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        message = error["msg"].removeprefix("Value error, ")
+        if error["type"] == "missing":
+            return f"{field} is required"
+        return f"{field}: {message}" if field else message
+    for part in error["loc"][:-1]:  # walk down to the section that holds the unknown key
+        annotation = kind.model_fields[part].annotation
+        kind = next(a for a in (annotation, *getattr(annotation, "__args__", ()))
+                    if isinstance(a, type) and issubclass(a, BaseModel))
+    leaf = str(error["loc"][-1])
+    if leaf in KNOWN_ELSEWHERE:
+        return f"unknown key {field}: {KNOWN_ELSEWHERE[leaf]}"
+    near = difflib.get_close_matches(leaf, kind.model_fields, n=1)
+    return f"unknown key {field}" + (f"; did you mean {near[0]}?" if near else "")

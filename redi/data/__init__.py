@@ -1,0 +1,1 @@
+"""From raw teacher traces to packed batches: read -> verify -> build, then tokenize -> pack."""

@@ -1,0 +1,9 @@
+"""The one exception users are meant to see."""
+
+
+class RediError(Exception):
+    """Something the user can put right: a bad file, field, recipe or environment.
+
+    The message names the file, row and field concerned and says what to do about it. The command
+    line prints it without a traceback and exits with code 2.
+    """
