@@ -1,0 +1,62 @@
+"""The distribution `reinforcement-distillation`: packages `redi` and `redi_kernels`.
+
+Everything about packaging stands here, the version too (`redi.__version__` asks the installed
+metadata). pyproject.toml only configures the tools.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+
+VERSION = "0.1.0"
+
+TRITON = 'triton>=3.4; platform_system == "Linux"'
+
+EXTRAS = {
+    "gpu": [TRITON],  # flash-attn is built by hand, see README.md
+    "data": ["math-verify>=0.9"],
+    "plot": ["matplotlib>=3.8"],
+    "lora": ["peft>=0.18"],
+    "track": ["tensorboard", "trackio"],
+}
+EXTRAS["dev"] = [
+    # All that the tests need, so that only tests for an NVIDIA GPU are skipped.
+    *EXTRAS["data"],
+    *EXTRAS["plot"],
+    TRITON,  # its interpreter runs the GPU kernels' tests on a CPU
+    "build",
+    "hypothesis",
+    "mypy",
+    "pytest>=8",
+    "pytest-benchmark",
+    "ruff",
+    "setuptools>=77",  # the wheel test builds without isolation
+    "types-PyYAML",
+]
+
+setup(
+    name="reinforcement-distillation",
+    version=VERSION,
+    description="Train language models on right and wrong reasoning traces (REDI), packed and fast",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # `kernels/` is a plain folder: as a package it would shadow the pip package of that name.
+    package_dir={"redi": "redi", "redi_kernels": "kernels/redi_kernels"},
+    packages=["redi", "redi.data", "redi_kernels", "redi_kernels.triton"],
+    install_requires=[
+        "torch>=2.8",
+        "transformers>=5.10.4",  # earlier 5.x trips over a folder called `kernels`
+        "numpy",
+        "pyarrow",
+        "pydantic>=2",
+        "pyyaml",
+        "rich",
+        "safetensors",
+        "typer",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["redi = redi.cli:main"]},
+)
