@@ -1,0 +1,65 @@
+# `make demo` runs the whole job on a CPU; `make test` runs the tests. Both make .venv themselves
+# when it is missing or setup.py has changed; a second run starts at once.
+#
+#   make demo PYTHON=python3.12              another interpreter (3.10 or newer)
+#   make test TORCH_SPEC=torch==2.8.0        another PyTorch
+#   make test TORCH_INDEX=                   PyTorch from pip's own index only
+
+PYTHON      ?= python3
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Read only by the recipes that install: asking the driver takes a moment.
+HAS_GPU      = $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo yes)
+TORCH_SPEC  ?= $(if $(HAS_GPU),torch>=2.8,torch==2.13.0)
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PIP   = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/redi run recipes/demo.yaml
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m pytest bench -o python_files='bench_*.py' --benchmark-json runs/bench.json
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# --- installing: one stamp per set of extras, redone when setup.py changes
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	  "Python 3.10 or newer is needed: make PYTHON=/path/to/python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	@# A CPU needs PyTorch's own index: on Linux the default build is CUDA's, gigabytes of it. It is
+	@# asked once with a short limit, since pip would retry an unreachable index for every package.
+	@if [ -z "$(HAS_GPU)" ] && $(BIN)/python -c \
+	  'from urllib.request import urlopen; urlopen("$(TORCH_INDEX)/torch/", timeout=8)' 2>/dev/null; \
+	then echo '==> $(TORCH_SPEC) from $(TORCH_INDEX)'; \
+	  $(PIP) '$(TORCH_SPEC)' --extra-index-url $(TORCH_INDEX); \
+	else echo "==> $(TORCH_SPEC) from pip's own index"; $(PIP) '$(TORCH_SPEC)'; fi
+	@touch $@
+
+$(VENV)/.demo: setup.py $(VENV)/.torch
+	@echo '==> redi with the extras data, plot$(if $(HAS_GPU),$(comma) gpu)'
+	@$(PIP) -e '.[data,plot$(if $(HAS_GPU),$(comma)gpu)]'
+	@touch $@
+
+$(VENV)/.dev: setup.py $(VENV)/.torch
+	@echo '==> redi with the extra dev (what the tests need)'
+	@$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+comma := ,
