@@ -1,0 +1,154 @@
+"""Varlen attention for packs, registered with transformers as `redi_varlen`.
+
+A pack holds traces end to end in one row, so attention must stop at their boundaries. No mask is ever built: stock SDPA
+or eager attention with a mask either needs T*T numbers or mixes neighbouring traces silently
+(transformers#46634). CUDA uses FlashAttention's varlen kernel; elsewhere SDPA runs per trace, or on
+traces of similar length side by side.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAME = "redi_varlen"
+# Softcapped or windowed traces are attended to in blocks of this many queries: a block's scores
+# (block x keys) bound the memory, and a window bounds the keys.
+QUERY_BLOCK = 512
+
+
+def register() -> None:
+    """Makes `attn_implementation="redi_varlen"` known to transformers. Idempotent."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, varlen_attention)
+    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+
+
+def varlen_attention(
+    module: torch.nn.Module,
+    q_1ATD: Tensor,
+    k_1KTD: Tensor,
+    v_1KTD: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cu_seqlens: Tensor,
+    seqlens: tuple[int, ...],
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each trace of a pack; transformers' attention-function protocol.
+
+    Args:
+        q_1ATD, k_1KTD, v_1KTD: one packed row; A query heads, K key/value heads (A % K == 0).
+        sliding_window: a token sees itself and the `sliding_window - 1` before it.
+        cu_seqlens: int32 [S + 1], on the device of q. seqlens: the same lengths on the host, so that
+            nothing here waits for the device.
+
+    Returns: [1, T, A, D] and None (no attention weights).
+    """
+    if attention_mask is not None:
+        raise ValueError("redi_varlen takes no attention mask: boundaries come from cu_seqlens")
+    q_TAD, k_TKD, v_TKD = (z[0].transpose(0, 1) for z in (q_1ATD, k_1KTD, v_1KTD))
+    flash = _flash_varlen() if q_TAD.is_cuda else None
+    if flash is not None:
+        longest = max(seqlens)
+        out_TAD = flash(
+            q_TAD, k_TKD, v_TKD, cu_seqlens, cu_seqlens, longest, longest,
+            softmax_scale=scaling, causal=True, softcap=softcap or 0.0,
+            window_size=(sliding_window - 1, 0) if sliding_window else (-1, -1),
+        )  # fmt: skip
+    else:
+        attend = functools.partial(
+            _attend, scaling=scaling, window=sliding_window, softcap=softcap
+        )
+        if len(seqlens) * max(seqlens) <= 2 * q_TAD.shape[0]:
+            out_TAD = _side_by_side(attend, q_TAD, k_TKD, v_TKD, seqlens)
+        else:
+            traces = zip(*(z.split(seqlens) for z in (q_TAD, k_TKD, v_TKD)), strict=True)
+            out_TAD = torch.cat([attend(*(z[None] for z in trace))[0] for trace in traces])
+    return out_TAD[None], None
+
+
+@functools.cache
+def _flash_varlen() -> Callable | None:
+    if importlib.util.find_spec("flash_attn") is None:
+        return None
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func
+
+
+def _side_by_side(attend: Callable, q_TAD, k_TKD, v_TKD, seqlens: tuple[int, ...]) -> Tensor:
+    """All traces as one right-padded batch. Causality alone keeps real tokens from seeing the padding
+    behind them, so no mask is needed; worth it while padding at most doubles the tokens."""
+    row_T = _rows_in_padded_batch(seqlens, q_TAD.device)
+    shape = (len(seqlens), max(seqlens))
+    padded = (_Pad.apply(z, row_T, shape[0] * shape[1]).unflatten(0, shape) for z in (q_TAD, k_TKD, v_TKD))
+    return _Unpad.apply(attend(*padded).flatten(0, 1), row_T)
+
+
+@functools.lru_cache(maxsize=64)
+def _rows_in_padded_batch(seqlens: tuple[int, ...], device: torch.device) -> Tensor:
+    longest = max(seqlens)
+    rows = [torch.arange(n) + i * longest for i, n in enumerate(seqlens)]
+    return torch.cat(rows).to(device)
+
+
+class _Pad(torch.autograd.Function):
+    """z[T, ...] -> [rows, ...] with zeros between; its gradient is a plain gather (index_copy's own
+    would be as good, but _Unpad's would be a slow index_add, so the two are written as a pair)."""
+
+    @staticmethod
+    def forward(ctx, z_T, row_T, rows):
+        ctx.row_T = row_T
+        return z_T.new_zeros(rows, *z_T.shape[1:]).index_copy_(0, row_T, z_T)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.row_T), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, row_T):
+        ctx.row_T, ctx.rows = row_T, z.shape[0]
+        return z.index_select(0, row_T)
+
+    @staticmethod
+    def backward(ctx, grad_T):
+        return grad_T.new_zeros(ctx.rows, *grad_T.shape[1:]).index_copy_(0, ctx.row_T, grad_T), None
+
+
+def _attend(q_BLAD, k_BLKD, v_BLKD, *, scaling, window, softcap) -> Tensor:
+    """Causal attention of B equally long rows: [B, L, A, D] -> [B, L, A, D]."""
+    q, k, v = (z.transpose(1, 2) for z in (q_BLAD, k_BLKD, v_BLKD))
+    length = q.shape[2]
+    if softcap is None and (window is None or window >= length):
+        gqa = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
+        return out.transpose(1, 2)
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scaling = scaling if scaling is not None else q.shape[-1] ** -0.5
+    blocks = []
+    for start in range(0, length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, length)
+        first = 0 if window is None else max(0, start - window + 1)
+        scores = (q[:, :, start:stop] @ k[:, :, first:stop].transpose(2, 3)).float() * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        distance = (
+            torch.arange(start, stop, device=q.device)[:, None]
+            - torch.arange(first, stop, device=q.device)[None, :]
+        )
+        hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+        probs = scores.masked_fill(hidden, float("-inf")).softmax(-1).to(q.dtype)
+        blocks.append(probs @ v[:, :, first:stop])
+    return torch.cat(blocks, 2).transpose(1, 2)

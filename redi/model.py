@@ -1,0 +1,225 @@
+"""A transformers causal LM that reads packs: load it, run it into the loss head, write it back.
+
+The model's own code is untouched. A pack's hidden states go straight from the decoder into a loss of
+`redi_kernels`, so the [T, V] logits never exist.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from redi import attention
+from redi.config import TrainConfig
+from redi.data.pack import Pack
+from redi.errors import RediError
+
+Out = TypeVar("Out")
+# A loss head: (x_TH, w_VH, pack, options that shape the logits) -> anything.
+Head = Callable[[Tensor, Tensor, Pack, dict[str, Any]], Out]
+
+
+class PackedLM(nn.Module):
+    """Wraps an unmodified `*ForCausalLM` (any with `.model` and `.lm_head`).
+
+    The loss runs inside this forward, so that hooks which gather sharded parameters (FSDP) fire around
+    it; tied embeddings, the head and the final norm belong to this outer module's shard group.
+    """
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        if not (hasattr(lm, "model") and hasattr(lm, "lm_head")):
+            raise RediError(f"{type(lm).__name__}: need a causal LM with .model and .lm_head")
+        self.lm = lm
+
+    def forward(self, pack: Pack, head: Head[Out]) -> Out:
+        x_1TH = self.lm.model(
+            input_ids=pack.input_ids_T[None],
+            position_ids=pack.position_ids_T[None],
+            use_cache=False,  # a cache would let traces see each other
+            cu_seqlens=pack.cu_seqlens,
+            seqlens=pack.seqlens,
+        ).last_hidden_state
+        return head(x_1TH[0], self.lm.lm_head.weight, pack, self.logit_options())
+
+    def logit_options(self) -> dict[str, Any]:
+        """How this family shapes its logits, in `redi_kernels`' words."""
+        config = self.lm.config
+        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
+        scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
+        return {
+            "bias": self.lm.lm_head.bias,
+            "softcap": getattr(config, "final_logit_softcapping", None),  # Gemma 2
+            "logit_scale": scale,
+        }
+
+
+@torch.no_grad()
+def sequence_logps(model: PackedLM, packs: list[Pack]) -> Iterator[tuple[Pack, Tensor, Tensor]]:
+    """Yields (pack, summed log-prob per trace [S] fp32, trained tokens per trace [S]) for each pack."""
+    from redi_kernels import sequence_logprobs, token_logprobs
+
+    def head(x_TH, w_VH, pack, options):
+        logp_T = token_logprobs(x_TH, w_VH, pack.targets_T, **options).logp_T
+        return sequence_logprobs(logp_T, pack.cu_seqlens, pack.targets_T)
+
+    device = next(model.parameters()).device
+    for pack in packs:
+        sequences = model(pack.to(device), head)
+        yield pack, sequences.sum_S, sequences.length_S
+
+
+def load_tokenizer(config: TrainConfig) -> Any:
+    """The tokenizer of `tokenizer_name_or_path` (default: of the model). Raises RediError."""
+    from transformers import AutoTokenizer
+
+    name = config.tokenizer_name_or_path or config.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=config.model_revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise RediError(
+            f"{name}: no tokenizer could be loaded ({_first_line(error)}); "
+            "set tokenizer_name_or_path to a folder or hub name that has one"
+        ) from None
+    if config.chat_template is not None:
+        file = Path(config.chat_template)
+        if not file.is_file():
+            raise RediError(f"chat_template: {file}: no such file")
+        tokenizer.chat_template = file.read_text()
+    return tokenizer
+
+
+def load_model_config(config: TrainConfig) -> Any:
+    """The model's transformers config with the recipe's overrides. Reads no weights."""
+    from transformers import AutoConfig
+
+    if config.model_name_or_path is None or (
+        config.architecture is not None and not Path(config.model_name_or_path).is_dir()
+    ):
+        settings = dict(config.architecture or {})
+        if "model_type" not in settings:
+            raise RediError("architecture: needs model_type, as in a config.json")
+        model_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    else:
+        try:
+            model_config = AutoConfig.from_pretrained(
+                config.model_name_or_path,
+                revision=config.model_revision,
+                trust_remote_code=config.trust_remote_code,
+            )
+        except (OSError, ValueError) as error:
+            raise RediError(
+                f"{config.model_name_or_path}: no model could be loaded ({_first_line(error)})"
+            ) from None
+    if config.max_position_embeddings is not None:
+        model_config.max_position_embeddings = config.max_position_embeddings
+    if config.rope_theta is not None:
+        _set_rope_theta(model_config, config.rope_theta)
+    for field in vars(model_config):  # the paper disables dropout; exact resume needs it off too
+        if field.endswith(("dropout", "_pdrop")) and getattr(model_config, field):
+            setattr(model_config, field, 0.0)
+    return model_config
+
+
+def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> PackedLM:
+    """The model in float32, with packed attention. From scratch when no name is given.
+
+    `device="meta"` builds shapes only. Raises RediError when the files are missing or do not fit.
+    """
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    model_config = load_model_config(config)
+    common = {
+        "attn_implementation": attention.NAME,
+        "dtype": torch.float32,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if config.model_name_or_path is None or str(device) == "meta":
+        torch.manual_seed(config.seed)
+        with torch.device(device):
+            lm = AutoModelForCausalLM.from_config(model_config, **common)
+        lm.config.dtype = model_config.dtype  # what exports default to, not what training uses
+    else:
+        stored_dtype = model_config.dtype
+        try:
+            lm = AutoModelForCausalLM.from_pretrained(
+                config.model_name_or_path,
+                config=model_config,
+                revision=config.model_revision,
+                use_safetensors=True,  # never unpickle a stranger's file
+                **common,
+            )
+        except (OSError, ValueError) as error:
+            raise RediError(
+                f"{config.model_name_or_path}: no model could be loaded ({_first_line(error)})"
+            ) from None
+        lm.config.dtype = stored_dtype
+        lm = lm.to(device)
+    if config.gradient_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return PackedLM(lm).train()
+
+
+def export(
+    lm: nn.Module,
+    state: dict[str, Tensor],
+    tokenizer: Any,
+    output_dir: Path,
+    *,
+    dtype: str,
+    eos_token_ids: list[int],
+    card: str,
+) -> None:
+    """Writes an ordinary Hugging Face folder: weights, tokenizer, template, generation config, card.
+
+    Everything is written aside first; `config.json`, which makes the folder a model, moves in last.
+    """
+    from transformers import GenerationConfig
+
+    stored = lm.config.dtype if dtype == "auto" else getattr(torch, dtype)
+    if isinstance(stored, str):
+        stored = getattr(torch, stored)
+    stored = stored or torch.float32
+    aside = output_dir / "export.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    trained_dtype, lm.config.dtype = lm.config.dtype, stored
+    try:
+        lm.save_pretrained(aside, state_dict={k: v.to(stored) for k, v in state.items()})
+        tokenizer.save_pretrained(aside)
+        generation = GenerationConfig.from_model_config(lm.config)
+        generation.eos_token_id = eos_token_ids
+        generation.pad_token_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_token_ids[0]
+        )
+        generation.save_pretrained(aside)
+        settings = json.loads((aside / "config.json").read_text())
+        settings.pop("_attn_implementation", None)
+        (aside / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        (aside / "README.md").write_text(card)
+        for file in sorted(aside.iterdir(), key=lambda f: f.name == "config.json"):
+            file.replace(output_dir / file.name)
+    finally:
+        lm.config.dtype = trained_dtype
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _set_rope_theta(model_config: Any, theta: float) -> None:
+    rope = getattr(model_config, "rope_parameters", None)  # transformers 5 keeps it in here
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        rope["rope_theta"] = theta
+    elif isinstance(rope, dict):  # one dict per layer type (Gemma 3)
+        raise RediError("rope_theta: this model has several; edit its config.json instead")
+    else:
+        model_config.rope_theta = theta
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
