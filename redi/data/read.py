@@ -1,0 +1,313 @@
+"""Files to rows, rows to `Problem`s (raw generations) or `Example`s (ready to train on).
+
+Reads .jsonl, .jsonl.gz and .parquet; a file, a folder or a glob. Every error names file, row and
+field, and what to do.
+"""
+
+import difflib
+import glob
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from redi.errors import RediError
+
+Message: TypeAlias = dict[str, str]  # {"role": ..., "content": ...}
+Prompt: TypeAlias = str | list[Message]  # plain text, or chat messages for the tokenizer's template
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+PROBLEM_COLUMNS = ("problem", "prompt", "question")
+# Where each judge's verdicts stand: inside `correctness` (OpenR1-Math-Raw) or flat (-220k, plain).
+JUDGE_COLUMNS = {
+    "llama": ("llama_verification", "correctness_llama"),
+    "math_verify": ("math_verify_reparsed_answer", "correctness_math_verify"),
+    "verdicts": (None, "verdicts"),
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row ready to train on. One of `chosen` and `rejected` may be missing, not both."""
+
+    id: str
+    prompt: Prompt
+    chosen: str | None
+    rejected: str | None
+    answer: str | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem with a teacher's raw generations.
+
+    `judgments` holds, for each judge, one verdict per generation, None where the judge gave none. A
+    list whose length differs from that of `generations` is kept as it is, for the caller to drop.
+    """
+
+    id: str
+    prompt: Prompt
+    answer: str | None
+    generations: list[str | None]
+    where: str  # "train.jsonl line 12"
+    judgments: dict[str, list[bool | None]] = field(default_factory=dict)
+    is_valid: bool = True
+    source: str | None = None
+
+
+def find_files(path: str | Path) -> list[Path]:
+    """The data files that `path` (a file, a folder or a glob) means, sorted. Raises RediError."""
+    root = Path(path)
+    if root.is_file():
+        if not root.name.endswith(SUFFIXES):
+            raise RediError(f"{root}: not a data file; expected one of {', '.join(SUFFIXES)}")
+        return [root]
+    found = root.rglob("*") if root.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    files = sorted(p for p in found if p.name.endswith(SUFFIXES) and p.is_file())
+    if not files:
+        what = f"holds no {', '.join(SUFFIXES)} file" if root.is_dir() else "no such file"
+        raise RediError(f"{path}: {what}")
+    if {"positives.parquet", "pairs.parquet"} <= {p.name for p in files}:
+        raise RediError(f"{path}: both positives.parquet and pairs.parquet; name one of them")
+    return files
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (where, row) over all files of `path`; `where` is "name.jsonl line 12", from 1.
+
+    Raises RediError for a missing file, a line that is not a JSON object, a broken archive.
+    """
+    for file in find_files(path):
+        yield from _read_parquet(file) if file.suffix == ".parquet" else _read_jsonl(file)
+
+
+def read_problems(path: str | Path) -> Iterator[Problem]:
+    """Raw generations: OpenR1-Math-Raw or -220k, or problem, answer, generations[, verdicts]."""
+    for where, row in read_rows(path):
+        yield to_problem(row, where)
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """Ready rows: prompt/chosen/rejected, prompt/completion[/label], or messages.
+
+    Prompts and completions are text or TRL's lists of messages. Raises RediError for a row of
+    another shape and for a file without rows.
+    """
+    examples = [to_example(row, where) for where, row in read_rows(path)]
+    if not examples:
+        raise RediError(f"{path}: no rows")
+    return examples
+
+
+def to_problem(row: dict[str, Any], where: str) -> Problem:
+    """One row of raw generations. Raises RediError for a missing column or a wrong type."""
+    generations = row[_column(row, where, "generations")] or []
+    _check_list(generations, str, where, "generations")
+    nested = row.get("correctness") or {}
+    if not isinstance(nested, dict):
+        raise RediError(f"{where}: `correctness` is {_kind(nested)}; expected one list per judge")
+    judgments = {}
+    for judge, (inside, flat) in JUDGE_COLUMNS.items():
+        name, verdicts = (inside, nested.get(inside)) if inside in nested else (flat, row.get(flat))
+        if verdicts is not None:
+            _check_list(verdicts, bool, where, str(name))
+            judgments[judge] = verdicts
+    if "answer" not in row and not judgments:
+        raise RediError(
+            f"{where}: neither `answer` nor verdicts, so nothing says which generation is correct; "
+            f"columns found: {', '.join(row)}"
+        )
+    valid = row.get("problem_is_valid", "yes")
+    return Problem(
+        id=_id(row, where),
+        prompt=problem_of(row, where),
+        answer=answer_of(row, where),
+        generations=generations,
+        where=where,
+        judgments=judgments,
+        is_valid=valid is True or str(valid).strip().lower() == "yes",
+        source=_source(row),
+    )
+
+
+def to_example(row: dict[str, Any], where: str) -> Example:
+    """One ready row. Raises RediError for a missing column or a wrong type."""
+    if "generations" in row:
+        raise RediError(
+            f"{where}: raw generations; run `redi data build` and use its positives.parquet or "
+            "pairs.parquet"
+        )
+    column = _column(row, where, "chosen", "rejected", "completion", "messages")
+    if column in ("chosen", "rejected"):
+        sides = {key: _conversation(row.get(key), where, key) for key in ("chosen", "rejected")}
+    else:
+        label = row.get("label", True)
+        if label not in (True, False):  # also 1 and 0
+            raise RediError(f"{where}: `label` is {label!r}; expected true or false")
+        sides = {"chosen" if label else "rejected": _conversation(row[column], where, column)}
+    given = {key: messages for key, messages in sides.items() if messages is not None}
+    if not given:
+        raise RediError(f"{where}: `{column}` is null; a row needs at least one completion")
+    return Example(
+        id=_id(row, where),
+        prompt=_shared_prompt(row, where, given),
+        chosen=given["chosen"][-1]["content"] if "chosen" in given else None,
+        rejected=given["rejected"][-1]["content"] if "rejected" in given else None,
+        answer=answer_of(row, where),
+        source=_source(row),
+    )
+
+
+def problem_of(row: dict[str, Any], where: str) -> Prompt:
+    """The row's `problem`, `prompt` or `question`: text ("" if null) or messages."""
+    name = _column(row, where, *PROBLEM_COLUMNS)
+    value = row[name]
+    if value is None or isinstance(value, str):
+        return value or ""
+    return _messages(value, where, name)
+
+
+def answer_of(row: dict[str, Any], where: str) -> str | None:
+    """The row's `answer` as text: a number is written out, a list of one is opened."""
+    value = row.get("answer")
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(int(value)) if value == int(value) else repr(value)
+    raise RediError(f"{where}: `answer` is {_kind(value)}; expected one text or number")
+
+
+def make_prompt(
+    problem: Prompt, system_prompt: str | None = None, prompt_template: str = "{problem}"
+) -> list[Message]:
+    """Chat messages that pose `problem`: the system turn if any, then the user's turn.
+
+    A problem that is messages already gets only the system turn, unless it has one.
+    """
+    if isinstance(problem, str):
+        problem = [{"role": "user", "content": prompt_template.replace("{problem}", problem)}]
+    if system_prompt is not None and problem[0]["role"] != "system":
+        return [{"role": "system", "content": system_prompt}, *problem]
+    return problem
+
+
+def _shared_prompt(row: dict[str, Any], where: str, sides: dict[str, list[Message]]) -> Prompt:
+    """What comes before the last assistant message; else the `prompt` column."""
+    before, *others = [messages[:-1] for messages in sides.values()]
+    if any(other != before for other in others):
+        raise RediError(f"{where}: `chosen` and `rejected` begin with different prompts")
+    if not before:
+        prompt = problem_of(row, where)
+        is_chat = any(isinstance(row.get(key), list) for key in (*sides, "completion"))
+        return make_prompt(prompt) if is_chat else prompt
+    if isinstance(row.get("prompt"), list) and _messages(row["prompt"], where, "prompt") != before:
+        raise RediError(
+            f"{where}: `{next(iter(sides))}` must be one assistant message after `prompt`, or "
+            "repeat `prompt` and end with one"
+        )
+    return before
+
+
+def _conversation(value: Any, where: str, name: str) -> list[Message] | None:
+    """A completion as messages that end with the assistant's; None for null."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    messages = _messages(value, where, name)
+    if messages[-1]["role"] != "assistant":
+        raise RediError(f"{where}: the last message of `{name}` must be the assistant's")
+    return messages
+
+
+def _messages(value: Any, where: str, name: str) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise RediError(f"{where}: `{name}` is {_kind(value)}; expected text or a list of messages")
+    for i, message in enumerate(value):
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
+            raise RediError(f"{where}: `{name}[{i}]` must have a `role` and a text `content`")
+        extra = [k for k, v in message.items() if k not in ("role", "content") and v]
+        if extra:  # dropping reasoning_content or tool_calls in silence would train on other text
+            raise RediError(
+                f"{where}: `{name}[{i}].{extra[0]}` is not supported; write it into `content`"
+            )
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _column(row: dict[str, Any], where: str, *names: str) -> str:
+    """The first of `names` that is a column of the row. Raises RediError with the nearest name."""
+    for name in names:
+        if name in row:
+            return name
+    near = next((n for name in names for n in difflib.get_close_matches(name, row, n=1)), None)
+    raise RediError(
+        f"{where}: no column {' or '.join(f'`{name}`' for name in names)}; columns found: "
+        f"{', '.join(row) or 'none'}" + (f" (is `{near}` meant?)" if near else "")
+    )
+
+
+def _check_list(value: Any, kind: type, where: str, name: str) -> None:
+    if not isinstance(value, list):
+        raise RediError(f"{where}: `{name}` is {_kind(value)}; expected a list")
+    for i, item in enumerate(value):
+        if item is not None and not isinstance(item, kind):
+            expected = "text" if kind is str else "true, false or null"
+            raise RediError(f"{where}: `{name}[{i}]` is {_kind(item)}; expected {expected}")
+
+
+def _kind(value: Any) -> str:
+    kinds = {str: "text", list: "a list", dict: "an object", bool: "true/false", type(None): "null"}
+    return f"{kinds.get(type(value), 'a number')} ({str(value)[:40]!r})"
+
+
+def _id(row: dict[str, Any], where: str) -> str:
+    return next((str(row[key]) for key in ("id", "uuid") if row.get(key) is not None), where)
+
+
+def _source(row: dict[str, Any]) -> str | None:
+    return None if row.get("source") is None else str(row["source"])
+
+
+def _read_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    number = 0
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{file.name} line {number}", _parse(line, f"{file} line {number}")
+    except (OSError, EOFError) as error:
+        raise RediError(f"{file} after line {number}: cannot be read: {error}") from None
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise RediError(f"{where}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise RediError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(row, dict):
+        raise RediError(f"{where}: {_kind(row)}; expected an object with named columns")
+    return row
+
+
+def _read_parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file.name} row {number}", row
+    except (OSError, pa.ArrowException) as error:
+        raise RediError(f"{file} after row {number}: cannot be read: {error}") from None

@@ -1,0 +1,233 @@
+"""Examples to token ids: the model's chat template, the prompt's length, the stop token.
+
+The mask is a position: a trace is prompt ids, completion ids, stop id, and everything from
+`num_prompt_tokens` on is trained, the stop token included. Pad ids play no part in it.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from redi.data.read import Example, Message, Prompt
+from redi.errors import RediError
+
+_CHUNK = 500  # examples per tokenizer call: enough for its threads, little enough for memory
+_PROBE = "probe 4711"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One prompt with one completion, as the model is trained on it."""
+
+    input_ids: np.ndarray  # int32: prompt, completion, stop token
+    num_prompt_tokens: int
+    is_chosen: bool
+    example: int  # index into the examples given
+
+
+@dataclass(frozen=True)
+class Dropped:
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    traces: list[list[Trace]]  # for each kept example: chosen, then rejected; one may be missing
+    example_ids: list[str]  # ids of the kept examples
+    dropped: list[Dropped]
+
+
+class ChatFormat:
+    """How one tokenizer turns a prompt and a completion into ids.
+
+    Chat messages are rendered with the tokenizer's template; plain text is taken as it is, after
+    the bos token where the tokenizer writes one, and ends with eos. Prompt and completion are
+    tokenized apart, so that training starts a completion where generation does.
+
+    A control token (bos, eos, pad, and the special tokens of the template) written out in a
+    completion is tokenized as ordinary characters: it can neither end the turn nor shift the mask.
+
+    `stop_token_id` ends a chat completion: the first special token that the template writes after
+    the assistant's text, else eos. `eos_token_ids` is what generation should stop at.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.suffix = ""
+        stop, eos = None, tokenizer.eos_token_id
+        control = {eos, tokenizer.bos_token_id, tokenizer.pad_token_id} - {None}
+        if tokenizer.chat_template:
+            turn = self._render([{"role": "user", "content": "question"}, _assistant(_PROBE)])
+            if _PROBE not in turn:
+                raise RediError(
+                    "the chat template leaves out the assistant's text; set another chat_template"
+                )
+            self.suffix = turn[turn.rindex(_PROBE) + len(_PROBE) :]
+            added = tokenizer.added_tokens_decoder.items()
+            special = control | {int(i) for i, token in added if token.special}
+            stop = next((i for i in self._ids([self.suffix])[0] if i in special), None)
+            control |= special.intersection(self._ids([turn])[0])
+        if stop is None and eos is None:
+            raise RediError(
+                "the tokenizer has no eos token, nor a chat template that ends the assistant's "
+                "turn with a special token; set eos_token in its tokenizer_config.json"
+            )
+        self.stop_token_id: int = eos if stop is None else stop
+        self.eos_token_ids = [i for i in dict.fromkeys((self.stop_token_id, eos)) if i is not None]
+        self._control_texts = tuple(tokenizer.convert_ids_to_tokens(sorted(control)))
+        bos = tokenizer.bos_token_id
+        self._leading_ids = [bos] if tokenizer("")["input_ids"][:1] == [bos] else []
+
+    def render_prompt(self, prompt: Prompt) -> str:
+        """The text the model sees before the completion.
+
+        Raises RediError for chat messages when the tokenizer has no chat template.
+        """
+        if isinstance(prompt, str):
+            return prompt
+        if not self.tokenizer.chat_template:
+            raise RediError(
+                "the data holds chat messages but the tokenizer has no chat template: set "
+                "chat_template to a Jinja file, or give prompts as plain text"
+            )
+        return self._render(prompt, add_generation_prompt=True)
+
+    def render_completion(self, prompt: Prompt, completion: str) -> str:
+        """The completion's text as the template writes it (it may trim white space around it).
+
+        Raises RediError if the template changes anything else: the text trained on would then not
+        be what the model sees and writes when it generates.
+        """
+        if isinstance(prompt, str):
+            return completion
+        before = self.render_prompt(prompt)
+        turn = self._render([*prompt, _assistant(completion)])
+        if not turn.startswith(before):
+            raise RediError(
+                "the prompt is not a prefix of the whole text after templating: the prompt ends "
+                f"with {before[-40:]!r}, but with the answer the template writes "
+                f"{turn[: len(before)][-40:]!r} there; set a chat_template whose generation prompt "
+                "is how the assistant's turn begins"
+            )
+        text = turn[len(before) :].removesuffix(self.suffix)
+        if text.strip() != completion.strip() or not turn.endswith(self.suffix):
+            raise RediError(
+                "the chat template rewrites the assistant's text (templates that remove or add "
+                f"<think> blocks do): after the prompt it writes {turn[len(before) :][:60]!r}... "
+                f"for {completion[:60]!r}...; set a chat_template that writes the text as it is"
+            )
+        return text
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Ids that generation starts from; the same ids open the trace in training."""
+        ids = self._ids([self.render_prompt(prompt)])[0]
+        return self._leading_ids + ids if isinstance(prompt, str) else ids
+
+    def encode(self, prompt: Prompt, completion: str) -> tuple[list[int], int]:
+        """(ids of prompt + completion + stop token, number of prompt ids)."""
+        return self.encode_many([(prompt, completion)])[0]
+
+    def encode_many(self, pairs: Sequence[tuple[Prompt, str]]) -> list[tuple[list[int], int]]:
+        """`encode` of every (prompt, completion), in a few tokenizer calls."""
+        prompts = self._ids([self.render_prompt(prompt) for prompt, _ in pairs])
+        texts = [self.render_completion(*pair) for pair in pairs]
+        completions = self._ids(texts)
+        for i, text in enumerate(texts):
+            if any(control in text for control in self._control_texts):
+                completions[i] = self._ids([text], split_special_tokens=True)[0]
+        encoded = []
+        for (prompt, _), prompt_ids, ids in zip(pairs, prompts, completions, strict=True):
+            stop = self.stop_token_id
+            if isinstance(prompt, str):
+                prompt_ids, stop = self._leading_ids + prompt_ids, self.eos_token_ids[-1]
+            encoded.append(([*prompt_ids, *ids, stop], len(prompt_ids)))
+        return encoded
+
+    def _render(self, messages: list[Message], **kwargs: Any) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise RediError(f"the chat template refuses messages of {roles}: {error}") from None
+
+    def _ids(self, texts: list[str], **kwargs: Any) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, **kwargs)["input_ids"]
+
+
+def tokenize_examples(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    max_prompt_length: int | None = None,
+) -> Tokenized:
+    """Every example as its traces; one that is too long or empty is dropped whole, never cut.
+
+    `max_length` bounds prompt + completion + stop token, `max_prompt_length` the prompt, in tokens.
+    Raises RediError that names the example if the tokenizer's template cannot carry it, and if
+    nothing is left.
+    """
+    chat = ChatFormat(tokenizer)
+    result = Tokenized([], [], [])
+    for start in range(0, len(examples), _CHUNK):
+        chunk = list(enumerate(examples[start : start + _CHUNK], start))
+        sides = [
+            (i, example, text, is_chosen)
+            for i, example in chunk
+            for text, is_chosen in ((example.chosen, True), (example.rejected, False))
+            if text is not None
+        ]
+        traces: dict[int, list[Trace]] = {i: [] for i, _ in chunk}
+        for (i, _, _, is_chosen), (ids, num_prompt_tokens) in zip(
+            sides, _encode(chat, [(example, text) for _, example, text, _ in sides]), strict=True
+        ):
+            trace = Trace(np.array(ids, dtype=np.int32), num_prompt_tokens, is_chosen, i)
+            traces[i].append(trace)
+        for i, example in chunk:
+            reason = _reason_to_drop(example, traces[i], max_length, max_prompt_length)
+            if reason:
+                result.dropped.append(Dropped(example.id, reason))
+            else:
+                result.traces.append(traces[i])
+                result.example_ids.append(example.id)
+    if not result.traces:
+        reasons = Counter(dropped.reason for dropped in result.dropped)
+        raise RediError(
+            f"no examples left of {len(examples)}: "
+            + "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        )
+    return result
+
+
+def _encode(chat: ChatFormat, sides: list[tuple[Example, str]]) -> list[tuple[list[int], int]]:
+    try:
+        return chat.encode_many([(example.prompt, text) for example, text in sides])
+    except RediError:
+        for example, text in sides:  # once more, one at a time, to name the example
+            try:
+                chat.encode(example.prompt, text)
+            except RediError as error:
+                raise RediError(f"example {example.id}: {error}") from None
+        raise
+
+
+def _reason_to_drop(
+    example: Example, traces: list[Trace], max_length: int | None, max_prompt_length: int | None
+) -> str | None:
+    if any(text is not None and not text.strip() for text in (example.chosen, example.rejected)):
+        return "empty completion"
+    if max_prompt_length and any(t.num_prompt_tokens > max_prompt_length for t in traces):
+        return f"prompt longer than max_prompt_length {max_prompt_length}"
+    if max_length and any(len(t.input_ids) > max_length for t in traces):
+        return f"longer than max_length {max_length}"
+    return None
+
+
+def _assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
