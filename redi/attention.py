@@ -65,9 +65,7 @@ def varlen_attention(
             window_size=(sliding_window - 1, 0) if sliding_window else (-1, -1),
         )  # fmt: skip
     else:
-        attend = functools.partial(
-            _attend, scaling=scaling, window=sliding_window, softcap=softcap
-        )
+        attend = functools.partial(_attend, scaling=scaling, window=sliding_window, softcap=softcap)
         if len(seqlens) * max(seqlens) <= 2 * q_TAD.shape[0]:
             out_TAD = _side_by_side(attend, q_TAD, k_TKD, v_TKD, seqlens)
         else:
@@ -90,7 +88,9 @@ def _side_by_side(attend: Callable, q_TAD, k_TKD, v_TKD, seqlens: tuple[int, ...
     behind them, so no mask is needed; worth it while padding at most doubles the tokens."""
     row_T = _rows_in_padded_batch(seqlens, q_TAD.device)
     shape = (len(seqlens), max(seqlens))
-    padded = (_Pad.apply(z, row_T, shape[0] * shape[1]).unflatten(0, shape) for z in (q_TAD, k_TKD, v_TKD))
+    padded = (
+        _Pad.apply(z, row_T, shape[0] * shape[1]).unflatten(0, shape) for z in (q_TAD, k_TKD, v_TKD)
+    )
     return _Unpad.apply(attend(*padded).flatten(0, 1), row_T)
 
 

@@ -43,13 +43,18 @@ class DataConfig(Strict):
 
     path: str = Field(description="file, folder or glob of .jsonl, .jsonl.gz or .parquet")
     judges: Literal["both", "any", "math_verify"] = Field(
-        "both", description="a trace is correct iff both / any of its judges, or math-verify, say so"
+        "both",
+        description="a trace is correct iff both / any of its judges, or math-verify, say so",
     )
-    max_length: int | None = Field(None, gt=1, description="drop longer traces (tokens, prompt included)")
+    max_length: int | None = Field(
+        None, gt=1, description="drop longer traces (tokens, prompt included)"
+    )
     max_prompt_length: int | None = Field(None, gt=0, description="drop longer prompts (tokens)")
     system_prompt: str | None = Field(None, description="system message put before every problem")
     prompt_template: str = Field("{problem}", description="the user's turn; {problem} is replaced")
-    num_workers: int | None = Field(None, ge=1, description="verifier processes; default: CPU cores")
+    num_workers: int | None = Field(
+        None, ge=1, description="verifier processes; default: CPU cores"
+    )
     verify_timeout: float = Field(5.0, gt=0, description="seconds allowed to judge one answer")
 
     @field_validator("prompt_template")
@@ -63,7 +68,9 @@ class DataConfig(Strict):
 class EvalConfig(Strict):
     """`redi eval`: sample answers and grade them."""
 
-    dataset_name: str = Field(description="rows with a problem (or prompt, question) and its answer")
+    dataset_name: str = Field(
+        description="rows with a problem (or prompt, question) and its answer"
+    )
     pairs_name: str | None = Field(
         None, description="held-out pairs whose log-probs per token are compared"
     )
@@ -85,7 +92,9 @@ class TrainConfig(Strict):
     """`redi train`: one stage, SFT or REDI."""
 
     # model
-    model_name_or_path: str | None = Field(None, description="folder or hub name; None: from scratch")
+    model_name_or_path: str | None = Field(
+        None, description="folder or hub name; None: from scratch"
+    )
     model_revision: str | None = None
     architecture: dict[str, Any] | None = Field(
         None,
@@ -93,18 +102,26 @@ class TrainConfig(Strict):
         "and lets --dry-run work without the model's files",
     )
     tokenizer_name_or_path: str | None = Field(None, description="default: model_name_or_path")
-    chat_template: str | None = Field(None, description="file with a Jinja chat template to use instead")
-    rope_theta: float | None = Field(None, gt=0, description="overrides the model's, and is exported")
+    chat_template: str | None = Field(
+        None, description="file with a Jinja chat template to use instead"
+    )
+    rope_theta: float | None = Field(
+        None, gt=0, description="overrides the model's, and is exported"
+    )
     max_position_embeddings: int | None = Field(None, gt=0, description="as rope_theta")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the exported weights; training weights are always float32"
     )
-    bf16: bool = Field(True, description="compute in bfloat16 on CUDA (fp32 master weights either way)")
+    bf16: bool = Field(
+        True, description="compute in bfloat16 on CUDA (fp32 master weights either way)"
+    )
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
     # data
     dataset_name: str = Field(description="positives.parquet, pairs.parquet, or ready rows")
-    max_length: int = Field(32768, gt=1, description="longer traces are dropped and counted, never cut")
+    max_length: int = Field(
+        32768, gt=1, description="longer traces are dropped and counted, never cut"
+    )
     max_prompt_length: int | None = Field(None, gt=0)
     expected_examples: int | None = Field(
         None, gt=0, description="rows the dataset should hold; used by --dry-run when it is absent"
@@ -132,7 +149,8 @@ class TrainConfig(Strict):
     save_steps: int = Field(200, ge=1)
     save_total_limit: int = Field(2, ge=1)
     resume_from_checkpoint: bool | str = Field(
-        "auto", description="auto: newest complete checkpoint in output_dir; false: start anew; a path"
+        "auto",
+        description="auto: newest complete checkpoint in output_dir; false: start anew; a path",
     )
 
     @field_validator("alpha")
@@ -159,11 +177,14 @@ class TaskConfig(Strict):
     """The generated arithmetic task of the demo (redi/data/arithmetic.py)."""
 
     teacher: Literal["habit", "slip"] = Field(
-        "habit", description="wrong traces show a habit that errs / are correct steps but for one slip"
+        "habit",
+        description="wrong traces show a habit that errs / are correct steps but for one slip",
     )
     num_problems: int = Field(3000, ge=1, description="training problems")
     num_generations: int = Field(8, ge=1, description="teacher traces per problem")
-    num_pretrain: int = Field(16000, ge=0, description="clean step-by-step sums the student starts from")
+    num_pretrain: int = Field(
+        16000, ge=0, description="clean step-by-step sums the student starts from"
+    )
     num_validation: int = Field(500, ge=1)
     num_test: int = Field(1000, ge=1)
     seed: int = 0
@@ -174,12 +195,17 @@ class RunConfig(Strict):
 
     name: str
     output_dir: str
-    task: TaskConfig | None = Field(None, description="generate this task instead of reading data.path")
+    seed: int = Field(0, description="of the task, every stage and the evaluation")
+    task: TaskConfig | None = Field(
+        None, description="generate this task instead of reading data.path"
+    )
     data: DataConfig | None = None
     defaults: dict[str, Any] = Field(
         default_factory=dict, description="TrainConfig fields that every stage shares"
     )
-    pretrain: dict[str, Any] | None = Field(None, description="TrainConfig fields; optional stage 0")
+    pretrain: dict[str, Any] | None = Field(
+        None, description="TrainConfig fields; optional stage 0"
+    )
     sft: dict[str, Any] = Field(description="TrainConfig fields of stage 1")
     arms: dict[str, dict[str, Any]] = Field(
         description="TrainConfig fields of each stage-2 run, by name; all start from the SFT model"
@@ -217,7 +243,7 @@ def load_config(kind: type[Config], path: str | os.PathLike, overrides: dict[str
     if not isinstance(content, dict):
         raise RediError(f"{file}: a recipe is a mapping of fields to values")
     for key, value in overrides.items():
-        _set(content, key, value)
+        set_field(content, key, value)
     return make_config(kind, content, str(file))
 
 
@@ -226,10 +252,13 @@ def make_config(kind: type[Config], content: dict[str, Any], where: str) -> Conf
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        raise RediError(f"{where}: " + "; ".join(_explain(kind, e) for e in error.errors())) from None
+        raise RediError(
+            f"{where}: " + "; ".join(_explain(kind, e) for e in error.errors())
+        ) from None
 
 
-def _set(content: dict[str, Any], key: str, value: Any) -> None:
+def set_field(content: dict[str, Any], key: str, value: Any) -> None:
+    """Sets `a.b.c` in nested dictionaries, making sections as needed."""
     *parents, leaf = key.split(".")
     for parent in parents:
         content = content.setdefault(parent, {})
@@ -247,8 +276,11 @@ def _explain(kind: type[BaseModel], error: Any) -> str:
         return f"{field}: {message}" if field else message
     for part in error["loc"][:-1]:  # walk down to the section that holds the unknown key
         annotation = kind.model_fields[part].annotation
-        kind = next(a for a in (annotation, *getattr(annotation, "__args__", ()))
-                    if isinstance(a, type) and issubclass(a, BaseModel))
+        kind = next(
+            a
+            for a in (annotation, *getattr(annotation, "__args__", ()))
+            if isinstance(a, type) and issubclass(a, BaseModel)
+        )
     leaf = str(error["loc"][-1])
     if leaf in KNOWN_ELSEWHERE:
         return f"unknown key {field}: {KNOWN_ELSEWHERE[leaf]}"

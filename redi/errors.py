@@ -1,4 +1,4 @@
-"""The one exception users are meant to see."""
+"""The exceptions users are meant to see."""
 
 
 class RediError(Exception):
@@ -7,3 +7,7 @@ class RediError(Exception):
     The message names the file, row and field concerned and says what to do about it. The command
     line prints it without a traceback and exits with code 2.
     """
+
+
+class Interrupted(Exception):
+    """A signal asked a run to stop, and it has saved where it stands."""

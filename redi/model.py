@@ -74,25 +74,31 @@ def sequence_logps(model: PackedLM, packs: list[Pack]) -> Iterator[tuple[Pack, T
 
 
 def load_tokenizer(config: TrainConfig) -> Any:
-    """The tokenizer of `tokenizer_name_or_path` (default: of the model). Raises RediError."""
-    from transformers import AutoTokenizer
-
+    """The tokenizer of `tokenizer_name_or_path` (default: of the model), with the recipe's template."""
     name = config.tokenizer_name_or_path or config.model_name_or_path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=config.model_revision, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise RediError(
-            f"{name}: no tokenizer could be loaded ({_first_line(error)}); "
-            "set tokenizer_name_or_path to a folder or hub name that has one"
-        ) from None
+    assert name is not None  # the recipe was checked
+    tokenizer = load_tokenizer_from(
+        name, revision=config.model_revision, trust_remote_code=config.trust_remote_code
+    )
     if config.chat_template is not None:
         file = Path(config.chat_template)
         if not file.is_file():
             raise RediError(f"chat_template: {file}: no such file")
         tokenizer.chat_template = file.read_text()
     return tokenizer
+
+
+def load_tokenizer_from(name: str, **options: Any) -> Any:
+    """The tokenizer in a folder or under a hub name. Raises RediError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RediError(
+            f"{name}: no tokenizer could be loaded ({_first_line(error)}); "
+            "set tokenizer_name_or_path to a folder or hub name that has one"
+        ) from None
 
 
 def load_model_config(config: TrainConfig) -> Any:

@@ -27,7 +27,7 @@ class StepCounts:
     def of(cls, traces: Iterable[Trace]) -> "StepCounts":
         tokens = chosen = rejected = 0
         for trace in traces:
-            tokens += len(trace.input_ids) - trace.num_prompt_tokens
+            tokens += len(trace.input_ids) - max(trace.num_prompt_tokens, 1)
             chosen += trace.is_chosen
             rejected += not trace.is_chosen
         return cls(tokens, chosen, rejected)

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from redi import checkpoint, distributed
 from redi.config import TrainConfig, load_config, make_config
 from redi.data.pack import Pack, pack_traces
 from redi.data.read import read_examples
-from redi.data.tokenize import ChatFormat, Trace, tokenize_examples
-from redi.errors import RediError
+from redi.data.tokenize import ChatFormat, Tokenized, Trace, tokenize_examples
+from redi.errors import Interrupted, RediError
 from redi.model import PackedLM, export, load_model, load_tokenizer
 from redi.monitor import MetricsFile, Progress, TrainState, notify
 from redi.objectives import Objective, StepCounts, make_objective
@@ -37,10 +37,6 @@ FREE = {
 }  # fmt: skip
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop; it has saved a checkpoint."""
-
-
 @dataclass(frozen=True)
 class TrainResult:
     output_dir: Path
@@ -51,7 +47,10 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig | dict[str, Any] | str | Path, callbacks: Sequence[Any] = (), *, name: str = "train"
+    config: TrainConfig | dict[str, Any] | str | Path,
+    callbacks: Sequence[Any] = (),
+    *,
+    name: str = "train",
 ) -> TrainResult:
     """Trains one stage and writes an ordinary Hugging Face folder to `config.output_dir`.
 
@@ -68,13 +67,8 @@ def train(
     ranks = distributed.setup()
     output_dir = Path(config.output_dir)
     tokenizer = load_tokenizer(config)
-    chat = ChatFormat(tokenizer)
-    examples = read_examples(config.dataset_name)
-    data = tokenize_examples(
-        examples, chat, max_length=config.max_length, max_prompt_length=config.max_prompt_length
-    )
-    traces = _select(data.traces, config)
-    identity = fingerprint(config, traces)
+    data = load_data(config, tokenizer)
+    identity = fingerprint(config, data)
     done = finished(output_dir, identity)
     if done is not None:
         return done
@@ -83,7 +77,7 @@ def train(
     model = load_model(config, device=ranks.device)
     distributed.shard(model, list(model.lm.model.layers), ranks, bf16=config.bf16)
     optimizer = make_optimizer(model, config)
-    plan = Schedule(len(traces), config)
+    plan = Schedule(len(data.traces), config)
     state = TrainState(total_steps=plan.total_steps, output_dir=output_dir, name=name)
     found = checkpoint.find(output_dir, config.resume_from_checkpoint)
     if found is not None:
@@ -95,9 +89,11 @@ def train(
     listeners: list[Any] = []
     if ranks.is_main:
         listeners = [MetricsFile(output_dir / "metrics.jsonl"), Progress(), *callbacks]
-        _say(f"{name}: {len(traces)} examples, {len(data.dropped)} dropped, {plan.total_steps} steps"
-             + (f", continuing after step {state.step}" if state.step else ""))
-    loop = Loop(config, model, optimizer, plan, traces, ranks)
+        _say(
+            f"{name}: {len(data.traces)} examples, {len(data.dropped)} dropped, {plan.total_steps} steps"
+            + (f", continuing after step {state.step}" if state.step else "")
+        )
+    loop = Loop(config, model, optimizer, plan, data, ranks)
     logs = loop.run(state, listeners, identity)
 
     weights = _export_state(model)
@@ -105,13 +101,13 @@ def train(
         try:
             export(
                 model.lm, weights, tokenizer, output_dir, dtype=config.dtype,
-                eos_token_ids=chat.eos_token_ids, card=_model_card(config, state, logs),
+                eos_token_ids=ChatFormat(tokenizer).eos_token_ids, card=_model_card(config, state, logs),
             )  # fmt: skip
             result = {
                 "identity": identity,
                 "steps": state.step,
                 "metrics": logs,
-                "num_examples": len(traces),
+                "num_examples": len(data.traces),
                 "num_dropped": len(data.dropped),
             }
             (output_dir / f"{RESULT}.tmp").write_text(json.dumps(result, indent=2) + "\n")
@@ -145,14 +141,17 @@ class Schedule:
         return order[position * size : (position + 1) * size].tolist()
 
     def learning_rate(self, step: int) -> float:
-        """Warm-up from 0 to the peak, then decay to 0 (as transformers' schedules of the same names)."""
+        """Warm-up to the peak, then decay towards 0. As transformers' schedules of the same names, except
+        that no step is spent at a rate of 0."""
         peak, kind = self.config.learning_rate, self.config.lr_scheduler_type
         if step < self.warmup_steps:
-            return peak * step / self.warmup_steps
+            return peak * (step + 1) / self.warmup_steps
         if kind == "constant":
             return peak
         progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return peak * (1 - progress if kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+        return peak * (
+            1 - progress if kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        )
 
 
 class Loop:
@@ -164,11 +163,11 @@ class Loop:
         model: PackedLM,
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
-        traces: list[list[Trace]],
+        data: Tokenized,
         ranks: distributed.Ranks,
     ):
         self.config, self.model, self.optimizer = config, model, optimizer
-        self.schedule, self.traces, self.ranks = schedule, traces, ranks
+        self.schedule, self.data, self.ranks = schedule, data, ranks
         self.objective: Objective = make_objective(config.objective, config.alpha)
 
     def run(self, state: TrainState, listeners: list[Any], identity: dict) -> dict[str, float]:
@@ -178,7 +177,10 @@ class Loop:
             try:
                 while state.step < state.total_steps:
                     row = self.step(state)
-                    if state.step % self.config.logging_steps == 0 or state.step == state.total_steps:
+                    if (
+                        state.step % self.config.logging_steps == 0
+                        or state.step == state.total_steps
+                    ):
                         logs = row
                         notify(listeners, "on_log", state, logs)
                     notify(listeners, "on_step_end", state)
@@ -198,7 +200,7 @@ class Loop:
         """One optimizer step. Raises RediError, before the weights change, when the loss is not finite."""
         started = time.monotonic()
         chosen = self.schedule.examples(state.step)
-        traces = [trace for i in chosen for trace in self.traces[i]]
+        traces = [trace for i in chosen for trace in self.data.traces[i]]
         counts = StepCounts.of(traces)
         learning_rate = self.schedule.learning_rate(state.step)
         for group in self.optimizer.param_groups:
@@ -213,7 +215,11 @@ class Loop:
             mean_S = out.logps_S / out.lengths_S.clamp(min=1)
             is_chosen_S = pack.is_chosen_S.to(mean_S)
             sums += torch.stack(
-                [out.loss.detach(), (mean_S * is_chosen_S).sum(), (mean_S * (1 - is_chosen_S)).sum()]
+                [
+                    out.loss.detach(),
+                    (mean_S * is_chosen_S).sum(),
+                    (mean_S * (1 - is_chosen_S)).sum(),
+                ]
             )
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), self.config.max_grad_norm
@@ -226,7 +232,7 @@ class Loop:
             raise RediError(
                 f"step {state.step + 1}: loss {loss}, gradient norm {norm}; training stopped before the "
                 f"weights changed, checkpoints in {state.output_dir} are good. Lower learning_rate or "
-                f"look at this step's examples: {', '.join(self.traces[i][0].id for i in chosen[:8])}"
+                f"look at this step's examples: {', '.join(self.data.example_ids[i] for i in chosen[:8])}"
                 + (f" and {len(chosen) - 8} more" if len(chosen) > 8 else "")
             )
         self.optimizer.step()
@@ -296,10 +302,33 @@ def make_optimizer(model: PackedLM, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-def fingerprint(config: TrainConfig, traces: list[list[Trace]]) -> dict[str, Any]:
+def load_data(config: TrainConfig, tokenizer: Any) -> Tokenized:
+    """The traces that the objective trains on: of each example the chosen one (SFT), or all (REDI).
+
+    Raises RediError when nothing is left, or when REDI finds no rejected trace.
+    """
+    examples = read_examples(config.dataset_name)
+    if config.objective == "sft":
+        examples = [replace(e, rejected=None) for e in examples if e.chosen is not None]
+        missing = "chosen"
+    else:
+        missing = "" if any(e.rejected is not None for e in examples) else "rejected"
+    if not examples or missing == "rejected":
+        raise RediError(
+            f"{config.dataset_name}: has no {missing} traces, which objective: {config.objective} needs"
+        )
+    return tokenize_examples(
+        examples,
+        tokenizer,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+    )
+
+
+def fingerprint(config: TrainConfig, data: Tokenized) -> dict[str, Any]:
     """What decides a run's result: its settings, the tokens it trains on, the model it starts from."""
     digest = hashlib.sha256()
-    for example in traces:
+    for example in data.traces:
         for trace in example:
             digest.update(trace.input_ids.tobytes())
             digest.update(b"%d,%d;" % (trace.num_prompt_tokens, trace.is_chosen))
@@ -315,7 +344,11 @@ def finished(output_dir: Path, identity: dict) -> TrainResult | None:
     result = json.loads(file.read_text())
     _check_same_run(file, result["identity"], identity)
     return TrainResult(
-        output_dir, result["steps"], result["metrics"], result["num_examples"], result["num_dropped"]
+        output_dir,
+        result["steps"],
+        result["metrics"],
+        result["num_examples"],
+        result["num_dropped"],
     )
 
 
@@ -339,27 +372,10 @@ def _model_fingerprint(config: TrainConfig) -> str:
         return str(config.model_name_or_path)
     result = folder / RESULT
     if result.exists():
-        return hashlib.sha256(result.read_bytes()).hexdigest()
+        identity = json.loads(result.read_text())["identity"]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     files = sorted((f.name, f.stat().st_size) for f in folder.iterdir() if f.is_file())
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
-
-
-def _select(traces: list[list[Trace]], config: TrainConfig) -> list[list[Trace]]:
-    """SFT trains on the chosen trace of each example; REDI on all. Raises RediError when none is left."""
-    if config.objective == "sft":
-        traces = [[t for t in example if t.is_chosen] for example in traces]
-    traces = [example for example in traces if example]
-    if not traces:
-        raise RediError(
-            f"{config.dataset_name}: no example is left to train on; "
-            f"max_length = {config.max_length} may drop them all"
-        )
-    if config.objective == "redi" and not any(not t.is_chosen for e in traces for t in e):
-        raise RediError(
-            f"{config.dataset_name}: has no rejected traces, which objective: redi needs; "
-            "use objective: sft"
-        )
-    return traces
 
 
 def _export_state(model: PackedLM) -> dict[str, torch.Tensor]:

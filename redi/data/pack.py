@@ -6,7 +6,7 @@ pack only decides what is in memory at once.
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,6 +28,15 @@ class Pack:
     is_chosen_S: Tensor  # bool
     seqlens: tuple[int, ...]
     examples: tuple[int, ...]  # which example each trace came from
+
+    def to(self, device: torch.device | str) -> "Pack":
+        """The same pack with its tensors on `device`."""
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
+
+    def without_targets(self) -> "Pack":
+        """The same tokens, none of them trained."""
+        return replace(self, targets_T=torch.full_like(self.targets_T, IGNORE_INDEX))
 
 
 def pack_traces(traces: Sequence[Trace], max_tokens: int) -> list[Pack]:

@@ -1,0 +1,154 @@
+"""The command line: typer commands over the recipes of redi/config.py.
+
+    redi run recipes/demo.yaml              everything: data, SFT, arms, evaluation, table, curves
+    redi data build --path raw.jsonl --output_dir data
+    redi train --config recipe.yaml --learning_rate 2e-6
+    redi eval --model runs/sft --dataset_name test.jsonl --output_dir runs/sft/eval
+
+Any field of a recipe can be given as `--field value`; inside a section, as `--section.field value`.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from redi.config import DataConfig, EvalConfig, RunConfig, TrainConfig, load_config, make_config
+from redi.errors import RediError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Reinforcement distillation: learn from a teacher's right and wrong traces.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Raw traces to training files.")
+app.add_typer(data_app, name="data")
+FIELDS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="recipe (YAML)")]
+OutputDir = Annotated[Path, typer.Option("--output_dir", "--output-dir")]
+
+
+@app.command(context_settings=FIELDS)
+def run(context: typer.Context, recipe: Path) -> None:
+    """The whole job of a recipe; what is done already is skipped."""
+    from redi.run import run as run_job
+
+    run_job(load_config(RunConfig, recipe, _overrides(context.args)))
+
+
+@app.command(context_settings=FIELDS)
+def train(
+    context: typer.Context,
+    config: ConfigFile = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check and show the plan only")
+    ] = False,
+) -> None:
+    """One training stage, SFT or REDI; continues where it was interrupted."""
+    settings = _config(TrainConfig, config, context.args)
+    if dry_run:
+        from redi.plan import describe
+
+        print(describe(settings))
+        return
+    from redi import distributed
+    from redi.train import train as train_stage
+
+    try:
+        result = train_stage(settings, name=settings.objective)
+    finally:
+        distributed.teardown()
+    print(f"model: {result.output_dir} ({result.steps} steps)")
+
+
+@app.command("eval", context_settings=FIELDS)
+def evaluate(
+    context: typer.Context,
+    model: Annotated[str, typer.Option("--model", help="model folder or hub name")],
+    output_dir: OutputDir,
+    config: ConfigFile = None,
+) -> None:
+    """Samples and grades answers: pass@1 with its error, pass@k, every sample kept."""
+    from redi.evaluate import evaluate as evaluate_model
+    from redi.report import model_table, print_table
+
+    result = evaluate_model(model, _config(EvalConfig, config, context.args), output_dir)
+    print_table(model_table({Path(model).name: result}))
+
+
+@data_app.command("build", context_settings=FIELDS)
+def data_build(
+    context: typer.Context,
+    output_dir: OutputDir,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="counts lengths in tokens")
+    ] = None,
+    config: ConfigFile = None,
+) -> None:
+    """Raw generations (or ready rows) to positives.parquet, pairs.parquet and a report."""
+    from redi.data.build import build
+
+    settings = _config(DataConfig, config, context.args)
+    print(build(settings, output_dir, tokenizer=_tokenizer(tokenizer)).text())
+
+
+def _tokenizer(name: str | None) -> Any:
+    if name is None:
+        return None
+    from redi.model import load_tokenizer_from
+
+    return load_tokenizer_from(name)
+
+
+def _config(kind: type, file: Path | None, args: list[str]) -> Any:
+    overrides = _overrides(args)
+    if file is not None:
+        return load_config(kind, file, overrides)
+    content: dict[str, Any] = {}
+    from redi.config import set_field
+
+    for key, value in overrides.items():
+        set_field(content, key, value)
+    return make_config(kind, content, "command line")
+
+
+def _overrides(args: list[str]) -> dict[str, Any]:
+    """["--learning_rate", "1e-6", "--bf16=false"] to a dictionary; values are read as YAML."""
+    overrides: dict[str, Any] = {}
+    rest = list(args)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise RediError(f"{flag}: fields are given as --field value")
+        key, equals, value = flag[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise RediError(f"--{key}: needs a value")
+            value = rest.pop(0)
+        try:
+            overrides[key.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            overrides[key.replace("-", "_")] = value
+    return overrides
+
+
+def main() -> None:
+    """Entry point: user errors end with exit code 2 and one line, not a traceback."""
+    from redi.errors import Interrupted
+
+    try:
+        app()
+    except RediError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(0)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command to continue", file=sys.stderr)
+        sys.exit(130)

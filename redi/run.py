@@ -1,0 +1,163 @@
+"""`redi run`: the whole job of a recipe, from raw traces to a table of models.
+
+    output_dir/task        generated problems and tokenizer (recipes with `task`)
+    output_dir/data        positives.parquet, pairs.parquet, report
+    output_dir/pretrain    stage 0 (optional)
+    output_dir/sft         stage 1
+    output_dir/<arm>       stage 2, one folder an arm
+    output_dir/eval/<m>    samples and metrics of each model
+    output_dir/results.md  the table; curves.png beside it
+
+Every step is skipped when its result is there and belongs to the same settings, so that a run can
+be interrupted anywhere and continued by the same command.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from redi.config import DataConfig, EvalConfig, RunConfig, TrainConfig, load_config, make_config
+from redi.errors import RediError
+from redi.evaluate import EvalResult, evaluate
+from redi.report import write_report
+
+DONE = "done.json"
+
+
+class Job:
+    """The configurations of every step, derived and checked before any work."""
+
+    def __init__(self, config: RunConfig):
+        self.config, self.root = config, Path(config.output_dir)
+        self.task_dir, self.data_dir = self.root / "task", self.root / "data"
+        self.stages: dict[str, TrainConfig] = {}
+        start: dict[str, Any] = {}
+        if config.pretrain is not None:
+            dataset = {"objective": "sft", "dataset_name": "{task}/pretrain.jsonl"}
+            start = self._stage("pretrain", dataset | config.pretrain)
+        dataset = {"objective": "sft", "dataset_name": "{data}/positives.parquet"}
+        start = self._stage("sft", dataset | start | config.sft)
+        dataset = {"objective": "redi", "dataset_name": "{data}/pairs.parquet"}
+        for name, arm in config.arms.items():
+            self._stage(name, dataset | start | arm)
+        if config.data is None:
+            self.data = DataConfig(path=str(self.task_dir / "train.jsonl"))
+        else:
+            self.data = config.data
+            if not Path(self.data.path).exists() and not any(c in self.data.path for c in "*?["):
+                raise RediError(f"data.path: {self.data.path}: no such file or folder")
+        self.eval = make_config(
+            EvalConfig,
+            self._fill({"seed": config.seed} | config.eval.model_dump(exclude_unset=True)),
+            "eval",
+        )
+
+    def _stage(self, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+        """Adds a stage; returns what a stage that starts from its model needs."""
+        folder = str(self.root / name)
+        settings = {"seed": self.config.seed} | self.config.defaults | settings
+        settings["output_dir"] = folder
+        self.stages[name] = make_config(TrainConfig, self._fill(settings), name)
+        return {"model_name_or_path": folder, "tokenizer_name_or_path": folder}
+
+    def _fill(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """{task} and {data} in a text stand for those folders of this run."""
+        folders = {"{task}": str(self.task_dir), "{data}": str(self.data_dir)}
+        filled = {}
+        for key, value in settings.items():
+            if isinstance(value, str):
+                for slot, folder in folders.items():
+                    value = value.replace(slot, folder)
+            filled[key] = value
+        return filled
+
+
+def run(
+    config: RunConfig | str | os.PathLike, callbacks: Sequence[Any] = ()
+) -> dict[str, EvalResult]:
+    """Runs what is not done yet; returns each model's evaluation by name.
+
+    Raises RediError for anything the user can put right, Interrupted after a signal.
+    """
+    from redi.train import train
+
+    if not isinstance(config, RunConfig):
+        config = load_config(RunConfig, config, {})
+    job = Job(config)
+    job.root.mkdir(parents=True, exist_ok=True)
+    if config.task is not None:
+        _make_task(job)
+    _build_data(job)
+    for name, stage in job.stages.items():
+        _say(f"== {name}: {stage.objective}" + _alpha(stage))
+        train(stage, callbacks, name=name)
+    results = {}
+    for name, stage in job.stages.items():
+        if name != "pretrain":
+            _say(f"== evaluating {name}")
+            results[name] = evaluate(stage.output_dir, job.eval, job.root / "eval" / name)
+    write_report(job.root, results, baseline=config.baseline, title=config.name)
+    return results
+
+
+def _make_task(job: Job) -> None:
+    from redi.data.arithmetic import write_task
+
+    assert job.config.task is not None
+    task = job.config.task
+    if "seed" not in task.model_fields_set:
+        task = task.model_copy(update={"seed": job.config.seed})
+    _once(job.task_dir, {"task": task.model_dump()}, lambda: write_task(task, job.task_dir))
+
+
+def _build_data(job: Job) -> None:
+    from redi.data.build import build
+    from redi.data.read import find_files
+    from redi.model import load_tokenizer
+
+    first = next(iter(job.stages.values()))
+    tokenizer = load_tokenizer(first)
+    digest = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode())
+    digest.update(repr(tokenizer.chat_template).encode())
+    for file in find_files(job.data.path):
+        with file.open("rb") as content:
+            while block := content.read(1 << 24):
+                digest.update(block)
+    identity = {"data": job.data.model_dump(exclude={"num_workers"}), "input": digest.hexdigest()}
+    _once(
+        job.data_dir,
+        identity,
+        lambda: print(build(job.data, job.data_dir, tokenizer=tokenizer).text(), flush=True),
+    )
+
+
+def _once(folder: Path, identity: dict[str, Any], work: Callable[[], Any]) -> None:
+    """Does `work`, which fills `folder`, unless the folder's marker says that it is done."""
+    marker = folder / DONE
+    identity = json.loads(json.dumps(identity))
+    if marker.exists():
+        if json.loads(marker.read_text()) != identity:
+            raise RediError(
+                f"{folder} was made from other settings or input; "
+                "choose another output_dir, or remove that folder and what was trained from it"
+            )
+        return
+    _say(f"== {folder.name}")
+    shutil.rmtree(folder, ignore_errors=True)  # half of it, from an interrupted run
+    work()
+    aside = marker.with_suffix(".tmp")
+    aside.write_text(json.dumps(identity, indent=2) + "\n")
+    aside.replace(marker)
+
+
+def _alpha(stage: TrainConfig) -> str:
+    return f", alpha = {stage.alpha}" if stage.objective == "redi" else ""
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

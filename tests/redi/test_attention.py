@@ -1,0 +1,99 @@
+"""Packed attention: a trace's hidden states do not depend on its neighbours, in any family."""
+
+import pytest
+import tiny
+import torch
+
+from redi import attention
+
+SEQLENS = (7, 19, 1, 12, 12)
+
+
+def run_packed(lm, rows, **kwargs):
+    attention.register()
+    lm.set_attn_implementation(attention.NAME)
+    seqlens = tuple(len(row) for row in rows)
+    return lm.model(
+        input_ids=torch.cat(rows)[None],
+        position_ids=torch.cat([torch.arange(n) for n in seqlens])[None],
+        use_cache=False,
+        cu_seqlens=torch.tensor((0, *seqlens)).cumsum(0).int(),
+        seqlens=seqlens,
+        **kwargs,
+    ).last_hidden_state[0]
+
+
+def run_alone(lm, rows):
+    """The oracle: stock eager attention, one trace at a time."""
+    lm.set_attn_implementation("eager")
+    return torch.cat([lm.model(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows])
+
+
+@pytest.fixture(params=["side by side", "one by one"])
+def rows(request):
+    generator = torch.Generator().manual_seed(1)
+    seqlens = SEQLENS if request.param == "side by side" else (40, 3, 2, 9)
+    side_by_side = len(seqlens) * max(seqlens) <= 2 * sum(seqlens)
+    assert side_by_side == (request.param == "side by side")
+    return [torch.randint(0, 96, (n,), generator=generator) for n in seqlens]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_packed_equals_one_at_a_time(family, rows):
+    lm = tiny.make_lm(family)
+    alone = run_alone(lm, rows)
+    error = (run_packed(lm, rows) - alone).abs().max() / alone.abs().max()
+    assert error < 2e-5
+    # The check can fail: without boundaries (all one trace) the states are far off.
+    mixed = run_packed(lm, [torch.cat(rows)])
+    assert (mixed - alone).abs().max() / alone.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_gradients_equal_one_at_a_time(family, rows):
+    lm = tiny.make_lm(family)
+    gradients = []
+    for run in (run_packed, run_alone):
+        lm.zero_grad()
+        run(lm, rows).sin().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in lm.model.parameters()]))
+    packed, alone = gradients
+    assert (packed - alone).norm() < 1e-4 * alone.norm()
+
+
+def test_long_windowed_trace_in_query_blocks(monkeypatch):
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
+    lm = tiny.make_lm("gemma2")
+    rows = [torch.arange(50) % 96, torch.arange(3)]
+    alone = run_alone(lm, rows)
+    assert (run_packed(lm, rows) - alone).abs().max() < 2e-5 * alone.abs().max()
+
+
+def test_a_mask_is_refused():
+    q = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="no attention mask"):
+        attention.varlen_attention(
+            None, q, q, q, torch.ones(4, 4), cu_seqlens=torch.tensor([0, 4]), seqlens=(4,)
+        )
+
+
+def test_no_memory_quadratic_in_the_pack():
+    """1,024 traces of 32 tokens: a T*T mask or score matrix alone would be a gigabyte and more."""
+    seqlens = (32,) * 1024
+    q = torch.randn(1, 2, sum(seqlens), 8, requires_grad=True)
+    largest = 0
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            outs = out if isinstance(out, (tuple, list)) else [out]
+            largest = max([largest, *(o.numel() for o in outs if isinstance(o, torch.Tensor))])
+            return out
+
+    with Largest():
+        out, _ = attention.varlen_attention(
+            None, q, q, q, None, cu_seqlens=torch.arange(0, 32769, 32).int(), seqlens=seqlens
+        )
+        out.sum().backward()
+    assert largest <= 2 * q.numel()
