@@ -100,14 +100,14 @@ def test_a_wrong_trace_has_exactly_one_wrong_step(folders: dict[str, Path], teac
 def test_habit_shows_in_most_wrong_traces_and_in_about_half_of_the_right_ones(
     tmp_path: Path,
 ) -> None:
-    write_task(TaskConfig(num_problems=3000, **{**SMALL, "num_problems": 3000}), tmp_path / "t")
+    write_task(TaskConfig(**{**SMALL, "num_problems": 3000}), tmp_path / "t")
     right, wrong, pairs = [], [], 0
     for row in rows(tmp_path / "t", "train.jsonl"):
         verdicts = [answer_of(trace) == row["answer"] for trace in row["generations"]]
         pairs += len(set(verdicts)) == 2
         for trace, is_right in zip(row["generations"], verdicts, strict=True):
             (right if is_right else wrong).append(is_leap(trace))
-    # .65 * .6 / .7225 and .65 * .4 / .2775; 1 - .7225**8 of the problems have both kinds
+    # .65 * .6 / .7225 = .54; .65 * .4 / .2775 = .94; 1 - .7225**8 of the problems have both kinds
     assert sum(right) / len(right) == pytest.approx(0.540, abs=0.02)
     assert sum(wrong) / len(wrong) == pytest.approx(0.937, abs=0.02)
     assert len(wrong) / (len(right) + len(wrong)) == pytest.approx(0.2775, abs=0.015)
