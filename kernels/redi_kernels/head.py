@@ -1,0 +1,58 @@
+"""What turns a hidden state into a logit, and the module that owns it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Head:
+    """z = softcap * tanh((logit_scale * x @ w.T + bias) / softcap); no cap when `softcap` is None."""
+
+    bias_V: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+
+class LossHead(nn.Module):
+    """Owns the LM head's weight, so that FSDP, DDP and ZeRO hooks fire around the loss.
+
+    A fused loss reads `lm_head.weight` without calling `lm_head`, so a sharded weight would still be
+    a shard. Put the parameter in here, wrap this module like any other, and call the loss through it:
+
+        head = LossHead(model.lm_head.weight)
+        out = head(redi_loss, x_TH, y_T, cu_seqlens, is_chosen_S, alpha=0.8)
+
+    `weight` [V, H] and `bias` [V] are registered as given: tied parameters stay tied.
+    """
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None = None,
+        *,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+
+    def forward(self, function: Callable[..., Any], x_TH: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`function` is any of this package's: `token_logprobs`, `redi_loss`, `sft_loss`, ..."""
+        shape = {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+        return function(x_TH, self.weight, *args, **shape, **kwargs)
+
+    def extra_repr(self) -> str:
+        V, H = self.weight.shape
+        return f"vocab={V}, hidden={H}, softcap={self.softcap}, logit_scale={self.logit_scale}"
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of log-probs and of sums over tokens or vocabulary: fp32, or fp64 for fp64 inputs."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,423 @@
+"""Token log-probabilities: what is checked, which backend runs, and how autograd and torch.compile
+see it. The arithmetic is the backends' (`cpu.py`, `triton/`).
+
+A backend is a module with `forward`, `backward` and `weighted` over the N tokens that have a target
+(signatures in `cpu.py`). Three custom operators wrap those functions, so that torch.compile treats
+each as one opaque node with known shapes:
+
+    logprobs            1 U   logp, lse, entropy, correct
+    logprobs_backward   3 U   gradients from recomputed logits; the coefficients arrive in backward
+    weighted            3 U   logp, and the gradients of sum(weight * logp) at once
+
+Ignored tokens leave before any matmul. How many stay is data, so on a GPU each operator waits for
+the device once; nothing else here does. Out-of-range targets raise on CPU and trip a device-side
+assertion on a GPU.
+"""
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from redi_kernels import reference
+from redi_kernels.head import Head, accumulator
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+BACKENDS = ("reference", "cpu", "triton")
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """Per token, in fp32 (fp64 for fp64 inputs). Ignored tokens hold 0 and False."""
+
+    logp_T: Tensor  # log p(y); never above 0; differentiable
+    lse_T: Tensor  # log-sum-exp of the logits; differentiable, for a z-loss
+    entropy_T: Tensor  # of the predicted distribution, in nats; detached
+    correct_T: Tensor  # bool: no logit exceeds the target's
+
+
+@dataclass(frozen=True)
+class SequenceLogProbs:
+    sum_S: Tensor
+    mean_S: Tensor  # over the sequence's valid targets; 0 where there are none
+    length_S: Tensor  # number of valid targets, int64
+
+
+def token_logprobs(
+    x_TH: Tensor,
+    w_VH: Tensor,
+    y_T: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    tolerance: float = 0.0,
+    backend: str | None = None,
+) -> LogProbs:
+    """Log-probability of each target without the [T, V] logits: 1 U forward, 3 U backward.
+
+    Args:
+        x_TH: hidden states [T, H], fp16, bf16, fp32 or fp64.
+        w_VH: LM head [V, H] in the same dtype (under autocast both are cast, as in F.linear).
+        y_T: targets [T], int32 or int64: y[t] is the token that x[t] must predict, already shifted.
+        bias: [V], added to the logits. softcap: c tanh(z / c), as in Gemma 2. logit_scale: factor on
+            x @ w.T (1 / temperature).
+        ignore_index: tokens with this target cost no matmul and get exactly zero gradient.
+        tolerance: 0, exact. Nothing else is implemented yet.
+        backend: None picks triton on CUDA, blocked torch ("cpu") elsewhere; "reference" is the
+            textbook with full logits.
+
+    Raises ValueError or TypeError for inputs that do not fit together, naming the argument.
+    """
+    options = check(x_TH, w_VH, y_T, bias, softcap, logit_scale, ignore_index, tolerance, backend)
+    x_TH, w_VH = options.cast(x_TH, w_VH)
+    if options.backend == "reference":
+        head = Head(bias, softcap, logit_scale)
+        return LogProbs(*reference.token_logprobs(x_TH, w_VH, y_T, head, ignore_index=ignore_index))
+    return LogProbs(*_TokenLogProbs.apply(x_TH, w_VH, bias, y_T, options))
+
+
+def weighted_logprobs(
+    x_TH: Tensor, w_VH: Tensor, y_T: Tensor, weight_T: Tensor, bias: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """(sum(weight * logp), logp_T detached): the fused path, for weights known before the forward.
+
+    `weight_T` [T] is a constant: it gets no gradient. 3 U in the forward where a gradient is needed,
+    1 U where none is; the backward multiplies by one scalar. Options as in `token_logprobs`.
+    """
+    checked = check(x_TH, w_VH, y_T, bias, **options)
+    x_TH, w_VH = checked.cast(x_TH, w_VH)
+    weight_T = weight_T.detach()
+    if checked.backend == "reference":
+        head = Head(bias, checked.softcap, checked.logit_scale)
+        logp_T = reference.token_logprobs(x_TH, w_VH, y_T, head, ignore_index=checked.ignore_index)[
+            0
+        ]
+        return (weight_T * logp_T).sum(), logp_T.detach()
+    grad = torch.is_grad_enabled()
+    needs = tuple(grad and t is not None and t.requires_grad for t in (x_TH, w_VH, bias))
+    return _WeightedSum.apply(x_TH, w_VH, bias, y_T, weight_T, checked, needs)
+
+
+def sequence_logprobs(
+    logp_T: Tensor,
+    cu_seqlens: Tensor,
+    y_T: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+) -> SequenceLogProbs:
+    """Sum, mean and number of the valid tokens of each packed sequence; differentiable.
+
+    `cu_seqlens` [S + 1] holds the boundaries, as in FlashAttention: 0 first, T last. Lengths count
+    the targets other than `ignore_index`; without `y_T` every token counts. Sums run in fp64, in
+    order, one sequence at a time: bits depend on nothing outside the sequence.
+    """
+    check_cu_seqlens(cu_seqlens, len(logp_T), logp_T.device)
+    valid_T = torch.ones_like(logp_T) if y_T is None else (y_T != ignore_index).to(logp_T.dtype)
+    length_S = _segment_sum(valid_T, cu_seqlens).long()
+    sum_S = _segment_sum(logp_T, cu_seqlens)
+    return SequenceLogProbs(sum_S, sum_S / length_S.clamp(min=1), length_S)
+
+
+def _segment_sum(v_T: Tensor, cu_seqlens: Tensor) -> Tensor:
+    wide = v_T if v_T.device.type == "mps" else v_T.double()  # MPS has no fp64
+    sum_S = torch.segment_reduce(wide, "sum", offsets=cu_seqlens.long(), initial=0)
+    return sum_S.to(v_T.dtype)
+
+
+# ------------------------------------------------------------------------------------- validation
+
+
+@dataclass(frozen=True)
+class Options:
+    """The static options of one call, after checks."""
+
+    softcap: float | None
+    logit_scale: float
+    ignore_index: int
+    backend: str
+    dtype: torch.dtype
+
+    def cast(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.to(self.dtype) for t in tensors)
+
+    def args(self) -> tuple[float | None, float, int, str]:
+        return self.softcap, self.logit_scale, self.ignore_index, self.backend
+
+
+def check(
+    x_TH: Tensor,
+    w_VH: Tensor,
+    y_T: Tensor,
+    bias: Tensor | None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    tolerance: float = 0.0,
+    backend: str | None = None,
+) -> Options:
+    tensors = {"x_TH": x_TH, "w_VH": w_VH, "y_T": y_T, "bias": bias}
+    for name, t in tensors.items():
+        if t is not None and hasattr(t, "device_mesh"):
+            raise TypeError(
+                f"{name} is a DTensor: the loss needs whole, local tensors. Call it inside the module "
+                "that owns the weight (LossHead under fully_shard), or pass full_tensor()."
+            )
+        if t is not None and t.device != x_TH.device:
+            raise ValueError(f"{name} is on {t.device}, x_TH on {x_TH.device}")
+    if x_TH.dim() != 2:
+        raise ValueError(f"x_TH must be [T, H], not {list(x_TH.shape)}; flatten the batch first")
+    if w_VH.dim() != 2 or w_VH.shape[1] != x_TH.shape[1] or len(w_VH) == 0:
+        raise ValueError(
+            f"w_VH must be [V, {x_TH.shape[1]}], not {list(w_VH.shape)}. Under FSDP or ZeRO-3 that "
+            "is a shard: call the loss inside the module that owns the weight (LossHead)."
+        )
+    if y_T.shape != x_TH.shape[:1] or y_T.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"y_T must be int64 or int32 [{len(x_TH)}], not {y_T.dtype} {list(y_T.shape)}"
+        )
+    if bias is not None and bias.shape != w_VH.shape[:1]:
+        raise ValueError(f"bias must be [{len(w_VH)}], not {list(bias.shape)}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be above 0, not {softcap}")
+    if tolerance != 0:
+        raise ValueError(f"tolerance={tolerance}: only 0 (exact) exists so far")
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {BACKENDS}, not {backend!r}")
+    return Options(
+        None if softcap is None else float(softcap),
+        float(logit_scale),
+        ignore_index,
+        backend or ("triton" if _has_kernels(x_TH) else "cpu"),
+        _compute_dtype(x_TH, w_VH),
+    )
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, T: int, device: torch.device) -> None:
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"cu_seqlens must be integers [S + 1], not {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device != device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, the tokens on {device}")
+    if torch.compiler.is_compiling() or cu_seqlens.device.type == "meta":
+        return
+    ends = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T) & (cu_seqlens.diff() >= 0).all()
+    _require(ends, f"cu_seqlens must start at 0, never decrease and end at T = {T}")
+
+
+def _compute_dtype(x_TH: Tensor, w_VH: Tensor) -> torch.dtype:
+    device = x_TH.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and x_TH.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    if x_TH.dtype != w_VH.dtype or x_TH.dtype not in FLOATS:
+        raise TypeError(
+            f"x_TH is {x_TH.dtype}, w_VH {w_VH.dtype}: both must be one of fp16, bf16, fp32, fp64; "
+            "cast one of them, or call this under torch.autocast"
+        )
+    return x_TH.dtype
+
+
+def _has_kernels(x_TH: Tensor) -> bool:
+    wide = x_TH.dtype == torch.float64
+    return x_TH.is_cuda and not wide and importlib.util.find_spec("triton") is not None
+
+
+def _require(condition: Tensor, message: str) -> None:
+    """ValueError on CPU; elsewhere a device-side assertion, which does not wait for the device."""
+    if condition.device.type == "cpu":
+        if not condition:
+            raise ValueError(message)
+    else:
+        torch._assert_async(condition, message)
+
+
+# --------------------------------------------------------------------------------------- autograd
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TH: Tensor, w_VH: Tensor, bias: Tensor | None, y_T: Tensor, options: Options
+    ) -> tuple[Tensor, ...]:
+        out = torch.ops.redi_kernels.logprobs(x_TH, w_VH, y_T, bias, *options.args())
+        logp_T, lse_T, entropy_T, correct_T = out
+        ctx.save_for_backward(x_TH, w_VH, bias, y_T, logp_T, lse_T)
+        ctx.mark_non_differentiable(entropy_T, correct_T)
+        ctx.options = options
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlogp_T: Tensor, dlse_T: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        x_TH, w_VH, bias, y_T, logp_T, lse_T = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        grads = torch.ops.redi_kernels.logprobs_backward(
+            x_TH, w_VH, y_T, logp_T, lse_T, dlogp_T, dlse_T, bias, *ctx.options.args(), *needs
+        )
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TH: Tensor,
+        w_VH: Tensor,
+        bias: Tensor | None,
+        y_T: Tensor,
+        weight_T: Tensor,
+        options: Options,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor, Tensor]:
+        logp_T, *grads = torch.ops.redi_kernels.weighted(
+            x_TH, w_VH, y_T, weight_T, bias, *options.args(), *needs
+        )
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(logp_T)
+        ctx.needs = needs
+        return (weight_T * logp_T).sum(), logp_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor, _: Tensor) -> tuple[Any, ...]:
+        grads = zip(ctx.saved_tensors, ctx.needs, strict=True)
+        return *(_scaled(g, dtotal) if need else None for g, need in grads), *[None] * 4
+
+
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad * factor; no copy of a [V, H] gradient where the factor is 1 and looking is free."""
+    if not torch.compiler.is_compiling() and factor.device.type == "cpu" and factor == 1:
+        return grad
+    return grad * factor.to(grad.dtype)
+
+
+# ------------------------------------------------------------------------------- custom operators
+
+_HEAD = "Tensor? bias, float? softcap, float logit_scale, int ignore_index, str backend"
+_NEEDS = "bool need_x, bool need_w, bool need_bias"
+
+
+@torch.library.custom_op(
+    "redi_kernels::logprobs",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor w, Tensor y, {_HEAD}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _logprobs(x_TH, w_VH, y_T, bias, softcap, logit_scale, ignore_index, backend):
+    with torch.autocast(x_TH.device.type, enabled=False):
+        valid = _Valid(y_T, ignore_index, len(w_VH))
+        head = Head(bias, softcap, logit_scale)
+        out = _load(backend).forward(valid.take(x_TH), w_VH, valid.y_N, head)
+        return tuple(valid.put(v_N) for v_N in out)
+
+
+@torch.library.custom_op(
+    "redi_kernels::logprobs_backward",
+    mutates_args=(),
+    schema="(Tensor x, Tensor w, Tensor y, Tensor logp, Tensor lse, Tensor dlogp, Tensor dlse, "
+    f"{_HEAD}, {_NEEDS}) -> (Tensor, Tensor, Tensor)",
+)
+def _logprobs_backward(
+    x_TH, w_VH, y_T, logp_T, lse_T, dlogp_T, dlse_T, bias, softcap, logit_scale, ignore_index,
+    backend, need_x, need_w, need_bias,
+):  # fmt: skip
+    needs = (need_x, need_w, need_bias)
+    with torch.autocast(x_TH.device.type, enabled=False):
+        valid = _Valid(y_T, ignore_index, len(w_VH))
+        head = Head(bias, softcap, logit_scale)
+        per_token = (valid.take(v_T) for v_T in (logp_T, lse_T, dlogp_T, dlse_T))
+        dx_NH, dw_VH, db_V = _load(backend).backward(
+            valid.take(x_TH), w_VH, valid.y_N, *per_token, head, needs
+        )
+        return _gradients(valid, x_TH, bias, dx_NH, dw_VH, db_V)
+
+
+@torch.library.custom_op(
+    "redi_kernels::weighted",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor w, Tensor y, Tensor weight, {_HEAD}, {_NEEDS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _weighted(
+    x_TH, w_VH, y_T, weight_T, bias, softcap, logit_scale, ignore_index, backend,
+    need_x, need_w, need_bias,
+):  # fmt: skip
+    needs = (need_x, need_w, need_bias)
+    with torch.autocast(x_TH.device.type, enabled=False):
+        valid = _Valid(y_T, ignore_index, len(w_VH))
+        head = Head(bias, softcap, logit_scale)
+        logp_N, *grads = _load(backend).weighted(
+            valid.take(x_TH), w_VH, valid.y_N, valid.take(weight_T), head, needs
+        )
+        return valid.put(logp_N), *_gradients(valid, x_TH, bias, *grads)
+
+
+@_logprobs.register_fake
+def _(x_TH, w_VH, y_T, *options):
+    v_T = x_TH.new_empty(len(x_TH), dtype=accumulator(x_TH.dtype))
+    return (
+        v_T,
+        torch.empty_like(v_T),
+        torch.empty_like(v_T),
+        v_T.new_empty(len(v_T), dtype=torch.bool),
+    )
+
+
+@_logprobs_backward.register_fake
+def _(x_TH, w_VH, *args):
+    return _fake_gradients(x_TH, w_VH, args[5], args[-3:])
+
+
+@_weighted.register_fake
+def _(x_TH, w_VH, *args):
+    logp_T = x_TH.new_empty(len(x_TH), dtype=accumulator(x_TH.dtype))
+    return logp_T, *_fake_gradients(x_TH, w_VH, args[2], args[-3:])
+
+
+def _fake_gradients(x_TH, w_VH, bias, needs):
+    shapes = (x_TH, w_VH, bias)
+    return tuple(
+        torch.empty_like(t) if need else x_TH.new_empty(0)
+        for t, need in zip(shapes, needs, strict=True)
+    )
+
+
+class _Valid:
+    """The tokens that have a target, and the way back to all T. Waits for a GPU once: N is data."""
+
+    def __init__(self, y_T: Tensor, ignore_index: int, V: int) -> None:
+        self.T = len(y_T)
+        index_N = (y_T != ignore_index).nonzero()[:, 0]
+        self.index_N = None if len(index_N) == self.T else index_N
+        self.y_N = self.take(y_T).long()
+        inside = ((self.y_N >= 0) & (self.y_N < V)).all()
+        _require(
+            inside, f"y_T holds targets outside [0, {V}) other than ignore_index={ignore_index}"
+        )
+
+    def take(self, v_T: Tensor) -> Tensor:
+        return v_T if self.index_N is None else v_T[self.index_N]
+
+    def put(self, v_N: Tensor) -> Tensor:
+        if self.index_N is None:
+            return v_N
+        return v_N.new_zeros(self.T, *v_N.shape[1:]).index_copy_(0, self.index_N, v_N)
+
+
+def _gradients(valid, x_TH, bias, dx_NH, dw_VH, db_V):
+    """Custom operators return tensors, never None: an empty one stands for a gradient not asked for."""
+    return (
+        x_TH.new_empty(0) if dx_NH is None else valid.put(dx_NH),
+        x_TH.new_empty(0) if dw_VH is None else dw_VH,
+        x_TH.new_empty(0) if db_V is None else db_V.to(bias.dtype),
+    )
+
+
+def _load(backend: str) -> ModuleType:
+    return importlib.import_module(f"redi_kernels.{backend}")

@@ -1,0 +1,180 @@
+"""Losses on packed sequences. Each is a few lines on the two paths of `logprobs.py`.
+
+REDI and SFT are weighted sums of log-probs with weights known beforehand: the fused path, 3 U.
+DPO and SimPO learn their weights from the log-probs themselves: the primitive, 4 U.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from redi_kernels.head import accumulator
+from redi_kernels.logprobs import (
+    check_cu_seqlens,
+    sequence_logprobs,
+    token_logprobs,
+    weighted_logprobs,
+)
+
+
+@dataclass(frozen=True)
+class RediOutput:
+    loss: Tensor
+    logps_S: Tensor  # sum of each sequence's log-probs; detached
+    lengths_S: Tensor  # number of valid targets of each sequence, int64
+
+
+@dataclass(frozen=True)
+class SftOutput:
+    loss: Tensor
+    logps_S: Tensor | None  # None when called without cu_seqlens
+    lengths_S: Tensor | None
+
+
+@dataclass(frozen=True)
+class PreferenceOutput:
+    loss: Tensor
+    logps_S: Tensor
+    lengths_S: Tensor
+    margins: Tensor  # [S / 2]: what the sigmoid sees, per pair; detached
+
+
+def redi_loss(
+    x_TH: Tensor,
+    w_VH: Tensor,
+    y_T: Tensor,
+    cu_seqlens: Tensor,
+    is_chosen_S: Tensor,
+    *,
+    alpha: float = 0.8,
+    num_chosen: int | Tensor | None = None,
+    num_rejected: int | Tensor | None = None,
+    bias: Tensor | None = None,
+    **options: Any,
+) -> RediOutput:
+    """REDI's asymmetric loss (arXiv 2505.24850, stage 2), fused: 3 U.
+
+        -1/num_chosen sum_chosen logp(y)/|y|  +  alpha/num_rejected sum_rejected logp(y)/|y|
+
+    Args:
+        x_TH, w_VH, y_T, bias, options: as in `token_logprobs`.
+        cu_seqlens: [S + 1] boundaries of the packed sequences, as in FlashAttention.
+        is_chosen_S: bool [S]. Sequences need not come in pairs.
+        alpha: weight of the rejected ones; 0 is the mean of per-sequence NLL.
+        num_chosen, num_rejected: counts of the whole optimizer step, so that micro-batches add up;
+            this call's own by default.
+
+    |y| counts valid targets; a sequence without any adds 0 and still counts. The loss can be
+    differentiated once; `logps_S` is detached.
+    """
+    check_cu_seqlens(cu_seqlens, len(x_TH), x_TH.device)
+    if is_chosen_S.dtype != torch.bool or len(is_chosen_S) != len(cu_seqlens) - 1:
+        raise ValueError(
+            f"is_chosen_S must be bool [{len(cu_seqlens) - 1}], one per sequence of cu_seqlens, "
+            f"not {is_chosen_S.dtype} {list(is_chosen_S.shape)}"
+        )
+    num_chosen = _count("num_chosen", num_chosen, is_chosen_S)
+    num_rejected = _count("num_rejected", num_rejected, ~is_chosen_S)
+    one = x_TH.new_ones((), dtype=accumulator(x_TH.dtype))
+    sign_S = torch.where(is_chosen_S, -one / num_chosen, alpha * one / num_rejected)
+    valid_T = y_T != options.get("ignore_index", -100)
+    lengths_S = sequence_logprobs(valid_T.float(), cu_seqlens).sum_S.long()
+    weight_S = sign_S / lengths_S.clamp(min=1)
+    weight_T = torch.repeat_interleave(weight_S, cu_seqlens.diff(), output_size=len(x_TH))
+    loss, logp_T = weighted_logprobs(x_TH, w_VH, y_T, weight_T, bias, **options)
+    return RediOutput(loss, sequence_logprobs(logp_T, cu_seqlens).sum_S, lengths_S)
+
+
+def sft_loss(
+    x_TH: Tensor,
+    w_VH: Tensor,
+    y_T: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    num_tokens: int | Tensor | None = None,
+    bias: Tensor | None = None,
+    **options: Any,
+) -> SftOutput:
+    """Cross-entropy, mean over valid tokens: -1/num_tokens sum logp. Fused: 3 U.
+
+    `num_tokens` is the number of valid targets in the whole optimizer step (this call's by default);
+    `cu_seqlens` only adds per-sequence sums to the result. The rest as in `token_logprobs`.
+    """
+    valid_T = y_T != options.get("ignore_index", -100)
+    num_tokens = _count("num_tokens", num_tokens, valid_T)
+    weight_T = -torch.ones_like(valid_T, dtype=accumulator(x_TH.dtype)) / num_tokens
+    loss, logp_T = weighted_logprobs(x_TH, w_VH, y_T, weight_T, bias, **options)
+    if cu_seqlens is None:
+        return SftOutput(loss, None, None)
+    ignore_index = options.get("ignore_index", -100)
+    sequences = sequence_logprobs(logp_T, cu_seqlens, y_T, ignore_index=ignore_index)
+    return SftOutput(loss, sequences.sum_S, sequences.length_S)
+
+
+def dpo_loss(
+    x_TH: Tensor,
+    w_VH: Tensor,
+    y_T: Tensor,
+    cu_seqlens: Tensor,
+    is_chosen_S: Tensor,
+    ref_logps_S: Tensor,
+    *,
+    beta: float = 0.1,
+    **options: Any,
+) -> PreferenceOutput:
+    """DPO (arXiv 2305.18290): mean over pairs of -log sigmoid(beta * (gap - reference's gap)).
+
+    The i-th chosen sequence and the i-th rejected one are a pair. `ref_logps_S`: the reference
+    model's sums, from `sequence_logprobs(token_logprobs(...).logp_T, cu_seqlens).sum_S`.
+    """
+    sequences = _sequences(x_TH, w_VH, y_T, cu_seqlens, options)
+    gap = _gap(sequences.sum_S - ref_logps_S, is_chosen_S)
+    return _preference(beta * gap, sequences)
+
+
+def simpo_loss(
+    x_TH: Tensor,
+    w_VH: Tensor,
+    y_T: Tensor,
+    cu_seqlens: Tensor,
+    is_chosen_S: Tensor,
+    *,
+    beta: float = 2.0,
+    gamma: float = 1.0,
+    **options: Any,
+) -> PreferenceOutput:
+    """SimPO (arXiv 2405.14734): -log sigmoid(beta * gap of length-normalised log-probs - gamma).
+
+    Pairs as in `dpo_loss`; no reference model. `gamma` is the target margin.
+    """
+    sequences = _sequences(x_TH, w_VH, y_T, cu_seqlens, options)
+    return _preference(beta * _gap(sequences.mean_S, is_chosen_S) - gamma, sequences)
+
+
+def _sequences(x_TH, w_VH, y_T, cu_seqlens, options):
+    logp_T = token_logprobs(x_TH, w_VH, y_T, **options).logp_T
+    ignore_index = options.get("ignore_index", -100)
+    return sequence_logprobs(logp_T, cu_seqlens, y_T, ignore_index=ignore_index)
+
+
+def _gap(score_S: Tensor, is_chosen_S: Tensor) -> Tensor:
+    chosen, rejected = score_S[is_chosen_S], score_S[~is_chosen_S]
+    if len(chosen) != len(rejected):
+        raise ValueError(f"{len(chosen)} chosen sequences, {len(rejected)} rejected: not pairs")
+    return chosen - rejected
+
+
+def _preference(margins: Tensor, sequences: Any) -> PreferenceOutput:
+    loss = -F.logsigmoid(margins).sum() / max(len(margins), 1)
+    return PreferenceOutput(loss, sequences.sum_S.detach(), sequences.length_S, margins.detach())
+
+
+def _count(name: str, given: int | Tensor | None, mask: Tensor) -> int | Tensor:
+    if given is None:
+        return mask.sum().clamp(min=1)
+    if not isinstance(given, Tensor) and given <= 0:
+        raise ValueError(f"{name} must be positive, not {given}: it divides the loss")
+    return given
