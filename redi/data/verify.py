@@ -1,0 +1,184 @@
+"""Grading texts against their answers, with math-verify in worker processes that can be killed.
+
+sympy can hang inside C code or eat memory, where no signal handler and no thread helps; a process
+that is late is killed and replaced, and its item becomes "timeout". A worker that dies loses only
+its own item, which is tried once more. Items that need no algebra are decided here, at once; if all
+are, no process starts.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from queue import SimpleQueue
+from typing import get_args
+
+from redi.data.judge import MAX_CHARS, Verdict, excerpt, extract_answer, quick_verdict
+from redi.errors import RediError
+
+__all__ = ["Verdict", "Verifier", "extract_answer", "verify"]
+
+WORKER = Path(__file__).with_name("judge.py")
+_START_TIMEOUT = 120.0  # seconds for a worker to import sympy on a busy machine
+
+Progress = Callable[[int, int], None]  # (items done, items in all)
+
+
+def verify(
+    texts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    num_workers: int | None = None,
+    timeout: float = 5.0,
+    progress: Progress | None = None,
+) -> list[Verdict]:
+    """The verdict on each text: does the answer it ends with equal `answers[i]`?
+
+    "unparsable" (one side holds no answer that can be read) and "timeout" (more than `timeout`
+    seconds) are neither right nor wrong. `num_workers` defaults to the number of CPU cores.
+    Raises RediError if algebra is needed and math-verify is not installed.
+    """
+    with Verifier(num_workers=num_workers, timeout=timeout) as verifier:
+        return verifier.verify(texts, answers, progress)
+
+
+class Verifier:
+    """`verify` with workers that live from call to call; use it as a context manager."""
+
+    def __init__(self, *, num_workers: int | None = None, timeout: float = 5.0) -> None:
+        self.num_workers = num_workers or _num_cores()
+        self.timeout = timeout
+        self._slots: SimpleQueue[_Worker | None] = SimpleQueue()  # None: a worker not yet started
+        for _ in range(self.num_workers):
+            self._slots.put(None)
+        self._started: list[_Worker] = []
+        self._pool = ThreadPoolExecutor(self.num_workers)  # a thread per worker waits for it
+        self._is_closed = False
+
+    def __enter__(self) -> "Verifier":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_closed = True
+        for wait in (False, True):  # a thread may start one more worker while it is told to end
+            for worker in self._started:
+                worker.kill()
+            self._pool.shutdown(wait, cancel_futures=True)
+        for worker in self._started:
+            worker.close()
+
+    def verify(
+        self, texts: Sequence[str], answers: Sequence[str], progress: Progress | None = None
+    ) -> list[Verdict]:
+        verdicts: list[Verdict] = ["unparsable"] * len(texts)
+        hard: dict[tuple[str, str], list[int]] = {}  # the same question is asked once
+        for i, (text, answer) in enumerate(zip(texts, answers, strict=True)):
+            given, expected = extract_answer(text), extract_answer(answer) or answer.strip()
+            quick = None if given is None else quick_verdict(given, expected)
+            if quick:
+                verdicts[i] = quick
+            elif text.strip() and expected and max(len(given or ""), len(expected)) <= MAX_CHARS:
+                hard.setdefault((excerpt(text, given), expected), []).append(i)
+        done = len(texts) - sum(map(len, hard.values()))
+        if hard and find_spec("math_verify") is None:
+            raise RediError(
+                "judging these answers needs math-verify; run "
+                'pip install "reinforcement-distillation[data]"'
+            )
+        for items, verdict in zip(hard.values(), self._pool.map(self._ask, hard), strict=True):
+            for i in items:
+                verdicts[i] = verdict
+            done += len(items)
+            if progress:
+                progress(done, len(texts))
+        return verdicts
+
+    def _ask(self, question: tuple[str, str]) -> Verdict:
+        worker = self._slots.get()
+        try:
+            for _ in range(2):
+                if self._is_closed:
+                    break
+                if worker is None or not worker.is_alive():
+                    worker = _Worker(self.timeout)
+                    self._started.append(worker)
+                verdict = worker.ask(question)
+                if verdict:
+                    return verdict
+            return "unparsable"
+        finally:
+            self._slots.put(worker)
+
+
+class _Worker:
+    """One process running judge.py, spoken to in lines."""
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        # -I: nothing of the environment or the current folder gets in front of the standard library
+        arguments = [json.dumps(sys.path), str(2 * timeout + 1)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", str(WORKER), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        if self._read_line(_START_TIMEOUT) != "ready":
+            self.kill()
+            assert self._process.stderr
+            raise RediError(
+                f"a verifier process did not start: {self._process.stderr.read()[-500:]}"
+            )
+
+    def ask(self, question: tuple[str, str]) -> Verdict | None:
+        """The verdict; None if the worker died of the question."""
+        assert self._process.stdin
+        start = time.monotonic()
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            self.kill()
+            return None
+        line = self._read_line(self.timeout)
+        if line in get_args(Verdict):
+            return line  # type: ignore[return-value]
+        self.kill()
+        return "timeout" if time.monotonic() - start >= self.timeout else None
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def close(self) -> None:
+        self.kill()
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            with contextlib.suppress(OSError):  # unsent text of a dead worker
+                pipe.close()  # type: ignore[union-attr]
+
+    def _read_line(self, timeout: float) -> str:
+        """The next line; "" if none came in time, and then the process is dead."""
+        assert self._process.stdout
+        timer = threading.Timer(timeout, self._process.kill)
+        timer.start()
+        try:
+            return self._process.stdout.readline().rstrip("\n")
+        finally:
+            timer.cancel()
+
+
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
