@@ -4,6 +4,7 @@ The model's own code is untouched. A pack's hidden states go straight from the d
 `redi_kernels`, so the [T, V] logits never exist.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from redi.config import TrainConfig
 from redi.data.pack import Pack
 from redi.errors import RediError
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 Out = TypeVar("Out")
 # A loss head: (x_TH, w_VH, pack, options that shape the logits) -> anything.
 Head = Callable[[Tensor, Tensor, Pack, dict[str, Any]], Out]
@@ -92,13 +94,18 @@ def load_tokenizer_from(name: str, **options: Any) -> Any:
     """The tokenizer in a folder or under a hub name. Raises RediError when there is none."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RediError(
-            f"{name}: no tokenizer could be loaded ({_first_line(error)}); "
-            "set tokenizer_name_or_path to a folder or hub name that has one"
-        ) from None
+    folder = Path(name)
+    why = "no tokenizer.json, tokenizer_config.json or tokenizer.model in it"
+    if not folder.is_dir() or any((folder / file).exists() for file in TOKENIZER_FILES):
+        try:
+            return AutoTokenizer.from_pretrained(name, **options)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            why = _first_line(error)
+    # From a folder that has only config.json, transformers would make an empty tokenizer.
+    raise RediError(
+        f"{name}: no tokenizer could be loaded ({why}); "
+        "set tokenizer_name_or_path to a folder or hub name that has one"
+    )
 
 
 def load_model_config(config: TrainConfig) -> Any:
@@ -155,13 +162,14 @@ def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> Pa
     else:
         stored_dtype = model_config.dtype
         try:
-            lm = AutoModelForCausalLM.from_pretrained(
-                config.model_name_or_path,
-                config=model_config,
-                revision=config.model_revision,
-                use_safetensors=True,  # never unpickle a stranger's file
-                **common,
-            )
+            with _no_progress_bars():
+                lm = AutoModelForCausalLM.from_pretrained(
+                    config.model_name_or_path,
+                    config=model_config,
+                    revision=config.model_revision,
+                    use_safetensors=True,  # never unpickle a stranger's file
+                    **common,
+                )
         except (OSError, ValueError) as error:
             raise RediError(
                 f"{config.model_name_or_path}: no model could be loaded ({_first_line(error)})"
@@ -169,7 +177,11 @@ def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> Pa
         lm.config.dtype = stored_dtype
         lm = lm.to(device)
     if config.gradient_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        non_reentrant = {"use_reentrant": False}
+        if hasattr(lm, "activation_checkpointing_enable"):  # the name from transformers 5.2x on
+            lm.activation_checkpointing_enable(non_reentrant)
+        else:
+            lm.gradient_checkpointing_enable(non_reentrant)
     return PackedLM(lm).train()
 
 
@@ -196,9 +208,9 @@ def export(
     aside = output_dir / "export.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    trained_dtype, lm.config.dtype = lm.config.dtype, stored
     try:
-        lm.save_pretrained(aside, state_dict={k: v.to(stored) for k, v in state.items()})
+        with _no_progress_bars():
+            lm.save_pretrained(aside, state_dict={k: v.to(stored) for k, v in state.items()})
         tokenizer.save_pretrained(aside)
         generation = GenerationConfig.from_model_config(lm.config)
         generation.eos_token_id = eos_token_ids
@@ -207,13 +219,12 @@ def export(
         )
         generation.save_pretrained(aside)
         settings = json.loads((aside / "config.json").read_text())
-        settings.pop("_attn_implementation", None)
+        settings["dtype"] = str(stored).removeprefix("torch.")  # of the file, not of the training
         (aside / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
         (aside / "README.md").write_text(card)
         for file in sorted(aside.iterdir(), key=lambda f: f.name == "config.json"):
             file.replace(output_dir / file.name)
     finally:
-        lm.config.dtype = trained_dtype
         shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -225,6 +236,20 @@ def _set_rope_theta(model_config: Any, theta: float) -> None:
         raise RediError("rope_theta: this model has several; edit its config.json instead")
     else:
         model_config.rope_theta = theta
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """transformers' bars for reading and writing shards would tear our own lines."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

@@ -73,8 +73,8 @@ def redi(alpha: float) -> Objective:
             pack.cu_seqlens,
             pack.is_chosen_S,
             alpha=alpha,
-            num_chosen=counts.num_chosen,
-            num_rejected=counts.num_rejected,
+            num_chosen=max(counts.num_chosen, 1),
+            num_rejected=max(counts.num_rejected, 1),
             **options,
         )
         return PackLoss(out.loss, out.logps_S, out.lengths_S)

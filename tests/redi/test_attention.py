@@ -26,7 +26,9 @@ def run_packed(lm, rows, **kwargs):
 def run_alone(lm, rows):
     """The oracle: stock eager attention, one trace at a time."""
     lm.set_attn_implementation("eager")
-    return torch.cat([lm.model(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows])
+    return torch.cat(
+        [lm.model(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
+    )
 
 
 @pytest.fixture(params=["side by side", "one by one"])

@@ -1,5 +1,6 @@
 """Tiny models and tokenizers that tests build in a moment; no network, no files."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -60,7 +61,7 @@ def make_tokenizer(characters: str = CHARACTERS, template: str | None = TEMPLATE
     """One token a character, `<q>`, `<a>` and `<e>` around turns, `<e>` as eos, `<pad>`."""
     tokens = ["<pad>", "<q>", "<a>", "<e>", "<unk>", *characters]
     core = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = Fuse()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", eos_token="<e>", unk_token="<unk>",
@@ -73,3 +74,51 @@ def make_tokenizer(characters: str = CHARACTERS, template: str | None = TEMPLATE
 def save_tokenizer(folder: Path) -> Path:
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def write_jsonl(file: Path, rows: list[dict]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def pair_rows(count: int = 12) -> list[dict]:
+    """Chat pairs of uneven length: sums, told right and wrong."""
+    rows = []
+    for i in range(count):
+        a, b = 3 * i + 1, 7 * i % 11
+        detour = "so " * (i % 4)
+        rows.append(
+            {
+                "id": f"sum-{i}",
+                "prompt": [{"role": "user", "content": f"{a}+{b}=?"}],
+                "chosen": [{"role": "assistant", "content": f"{detour}{a}+{b}={a + b}"}],
+                "rejected": [
+                    {"role": "assistant", "content": f"{a}+{b}={a + b + 1 + i % 3}" + detour}
+                ],
+            }
+        )
+    return rows
+
+
+def train_settings(folder: Path, **changes) -> dict:
+    """A recipe that trains a tiny model from scratch on `pair_rows`, in `folder`."""
+    data, tokenizer = folder / "pairs.jsonl", folder / "tokenizer"
+    if not data.exists():
+        write_jsonl(data, pair_rows())
+    if not tokenizer.exists():
+        save_tokenizer(tokenizer)
+    settings = {
+        "architecture": architecture(tie_word_embeddings=True),
+        "tokenizer_name_or_path": str(tokenizer),
+        "dataset_name": str(data),
+        "output_dir": str(folder / "out"),
+        "objective": "redi",
+        "train_batch_size": 5,
+        "max_tokens_per_batch": 96,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+        "save_steps": 2,
+        "seed": 1,
+    }
+    return settings | changes

@@ -1,0 +1,170 @@
+"""What a user types, and what bad input gets: one line that names the culprit, exit code 2."""
+
+import json
+
+import pytest
+import tiny
+import yaml
+
+from redi import cli
+
+
+@pytest.fixture
+def redi(monkeypatch, capsys):
+    """Runs the command line in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["redi", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def recipe(folder, **changes):
+    file = folder / "recipe.yaml"
+    settings = {k: v for k, v in tiny.train_settings(folder, **changes).items() if v is not None}
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def refused(result, *words):
+    code, _, err = result
+    assert code == 2, err
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+
+
+def test_train_with_overrides(redi, tmp_path):
+    code, out, _ = redi(
+        "train", "--config", recipe(tmp_path), "--max_steps", 2, "--learning-rate=1e-4",
+        "--alpha", "0.5", "--architecture.num_hidden_layers", 1,
+    )  # fmt: skip
+    assert code == 0
+    assert "(2 steps)" in out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "alpha: 0.5" in card
+    assert "learning_rate: 0.0001" in card
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 1
+
+
+def test_dry_run_trains_nothing(redi, tmp_path):
+    code, out, _ = redi("train", "--config", recipe(tmp_path), "--dry-run")
+    assert code == 0
+    assert "6 of 5 pairs (3 an epoch)" in out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("sft", ["1,543,714,304 parameters", "77,629 traces", "3,035 of 128", "rope theta 300,000", "32,768 positions", "304 warm-up"]),
+        ("redi", ["1,543,714,304 parameters", "53,175 pairs", "1,662 of 32", "rope theta 300,000", "REDI, alpha = 0.8", "167 warm-up"]),
+    ],
+)  # fmt: skip
+def test_the_papers_recipes_offline(redi, name, words, pytestconfig):
+    file = pytestconfig.rootpath / "recipes" / f"qwen-redi-1.5b-{name}.yaml"
+    code, out, err = redi("train", "--config", file, "--dry-run")
+    assert code == 0, err
+    for word in words:
+        assert word in out
+
+
+def test_recipe_missing(redi, tmp_path):
+    refused(redi("train", "--config", tmp_path / "no.yaml"), "no.yaml", "no such recipe")
+
+
+def test_recipe_is_not_yaml(redi, tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text("a: [1,")
+    refused(redi("train", "--config", file), "bad.yaml", "not valid YAML")
+
+
+def test_unknown_key_suggests_the_nearest(redi, tmp_path):
+    file = recipe(tmp_path, learning_rat=1e-4)
+    refused(redi("train", "--config", file), "learning_rat", "did you mean learning_rate?")
+
+
+def test_names_from_other_trainers_are_explained(redi, tmp_path):
+    file = recipe(tmp_path, gradient_accumulation_steps=4)
+    refused(redi("train", "--config", file), "train_batch_size examples")
+
+
+def test_wrong_type_names_the_field(redi, tmp_path):
+    refused(redi("train", "--config", recipe(tmp_path, max_steps="many")), "max_steps")
+
+
+def test_no_model_at_all(redi, tmp_path):
+    refused(redi("train", "--config", recipe(tmp_path, architecture=None)), "model_name_or_path")
+
+
+def test_negative_alpha(redi, tmp_path):
+    refused(redi("train", "--config", recipe(tmp_path), "--alpha", "-0.1"), "alpha")
+
+
+def test_alpha_above_one_warns(redi, tmp_path):
+    with pytest.warns(UserWarning, match="collapse at alpha = 1"):
+        code, *_ = redi("train", "--config", recipe(tmp_path), "--alpha", "1.5", "--dry-run")
+    assert code == 0
+
+
+def test_dataset_missing(redi, tmp_path):
+    file = recipe(tmp_path, dataset_name=str(tmp_path / "none.jsonl"))
+    refused(redi("train", "--config", file), "none.jsonl", "no such file")
+
+
+def test_not_json_on_line_n(redi, tmp_path):
+    file = recipe(tmp_path)
+    with (tmp_path / "pairs.jsonl").open("a") as rows:
+        rows.write("{oops\n")
+    refused(redi("train", "--config", file), "pairs.jsonl line 13", "not JSON")
+
+
+def test_column_missing(redi, tmp_path):
+    file = recipe(tmp_path)
+    tiny.write_jsonl(
+        tmp_path / "pairs.jsonl", [{"prompt": "1+1=", "choosen": "2", "rejekted": "3"}]
+    )
+    refused(redi("train", "--config", file), "pairs.jsonl line 1", "chosen", "choosen")
+
+
+def test_redi_without_rejected_traces(redi, tmp_path):
+    file = recipe(tmp_path)
+    tiny.write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "1+1=", "completion": "2"}])
+    refused(redi("train", "--config", file), "no rejected traces", "objective: redi")
+
+
+def test_everything_too_long(redi, tmp_path):
+    refused(
+        redi("train", "--config", recipe(tmp_path, max_length=4)), "12 longer than max_length 4"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompt_that_is_no_prefix_after_templating(redi, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m['content'] }}<e>{% endfor %}"
+        "{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    file = recipe(tmp_path, chat_template=str(template))
+    refused(redi("train", "--config", file), "sum-0", "not a prefix", "templating")
+
+
+def test_model_folder_without_tokenizer(redi, tmp_path):
+    folder = tmp_path / "model"
+    tiny.make_lm().config.save_pretrained(folder)
+    file = recipe(tmp_path, model_name_or_path=str(folder), tokenizer_name_or_path=str(folder))
+    refused(redi("train", "--config", file), str(folder), "no tokenizer")
+
+
+def test_model_missing(redi, tmp_path):
+    file = recipe(tmp_path, architecture=None, model_name_or_path=str(tmp_path / "nothing"))
+    refused(redi("train", "--config", file), "nothing", "no model could be loaded")

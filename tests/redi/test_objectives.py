@@ -1,0 +1,169 @@
+"""One step's gradient, whatever its packing: against padded, one-at-a-time and textbook forms."""
+
+import pytest
+import tiny
+import torch
+
+from redi.config import TrainConfig, make_config
+from redi.data.pack import IGNORE_INDEX, pack_traces
+from redi.model import load_model, load_tokenizer
+from redi.objectives import StepCounts, make_objective
+from redi.train import load_data
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory):
+    """A tiny model and the traces of one step: 7 pairs of uneven length."""
+    folder = tmp_path_factory.mktemp("step")
+    config = make_config(TrainConfig, tiny.train_settings(folder), "test")
+    model = load_model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(4)  # logits far from uniform
+    data = load_data(config, load_tokenizer(config))
+    return model, [trace for example in data.traces[:7] for trace in example]
+
+
+def gradient(model, traces, *, max_tokens, objective="redi", alpha=0.8, counts=None):
+    """(loss, gradient, per-trace summed log-probs) of one step, packed under `max_tokens`."""
+    counts = counts or StepCounts.of(traces)
+    objective = make_objective(objective, alpha)
+    model.zero_grad()
+    loss, logps = 0.0, {}
+    for pack in pack_traces(traces, max_tokens):
+        out = model(pack, lambda x, w, p, options: objective(x, w, p, options, counts))
+        out.loss.backward()
+        loss += out.loss.item()
+        for example, chosen, logp in zip(pack.examples, pack.is_chosen_S, out.logps_S, strict=True):
+            logps[example, bool(chosen)] = logp.item()
+    return loss, flat_gradient(model), logps
+
+
+def flat_gradient(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def padded_oracle(model, traces, alpha, objective="redi"):
+    """The same step the ordinary way: right-padded batch, stock eager attention, full logits."""
+    lm = model.lm
+    longest = max(len(t.input_ids) for t in traces)
+    ids_SL = torch.zeros(len(traces), longest, dtype=torch.long)
+    for row, trace in zip(ids_SL, traces, strict=True):
+        row[: len(trace.input_ids)] = torch.from_numpy(trace.input_ids).long()
+    lm.set_attn_implementation("eager")
+    model.zero_grad()
+    logps_SLV = lm(input_ids=ids_SL, use_cache=False).logits.log_softmax(-1)
+    chosen, rejected, tokens = [], [], []
+    for i, trace in enumerate(traces):
+        positions = torch.arange(trace.num_prompt_tokens, len(trace.input_ids))
+        logp = logps_SLV[i, positions - 1, ids_SL[i, positions]]
+        tokens.append(logp)
+        (chosen if trace.is_chosen else rejected).append(logp.sum() / len(positions))
+    if objective == "sft":
+        loss = -torch.cat(tokens).mean()
+    else:
+        loss = -torch.stack(chosen).mean() + alpha * torch.stack(rejected).mean()
+    loss.backward()
+    lm.set_attn_implementation("redi_varlen")
+    return loss.item(), flat_gradient(model)
+
+
+def assert_same(gradient, truth, tolerance=2e-6):
+    assert truth.norm() > 1e-3
+    assert (gradient - truth).norm() <= tolerance * truth.norm()
+
+
+def test_any_packing_gives_the_same_gradient(step):
+    model, traces = step
+    whole, truth, _ = gradient(model, traces, max_tokens=10_000)
+    for max_tokens in (1, 40, 64, 100):  # 1: every trace alone, as with accumulation
+        loss, grad, _ = gradient(model, traces, max_tokens=max_tokens)
+        assert loss == pytest.approx(whole, abs=1e-6)
+        assert_same(grad, truth)
+
+
+def test_order_within_the_step_does_not_matter(step):
+    model, traces = step
+    _, truth, _ = gradient(model, traces, max_tokens=64)
+    _, grad, _ = gradient(model, traces[::-1], max_tokens=64)
+    assert_same(grad, truth)
+
+
+def test_a_wrong_denominator_is_seen(step):
+    """The check above can fail: counting per pack instead of per step is off by far."""
+    model, traces = step
+    _, truth, _ = gradient(model, traces, max_tokens=64)
+    counts = StepCounts.of(traces[:6])
+    _, grad, _ = gradient(model, traces, max_tokens=64, counts=counts)
+    assert (grad - truth).norm() > 0.1 * truth.norm()
+
+
+@pytest.mark.parametrize("objective", ["redi", "sft"])
+def test_packed_equals_padded(step, objective):
+    model, traces = step
+    traces = [t for t in traces if t.is_chosen] if objective == "sft" else traces
+    loss, grad, _ = gradient(model, traces, max_tokens=64, objective=objective)
+    want, truth = padded_oracle(model, traces, 0.8, objective)
+    assert loss == pytest.approx(want, abs=2e-6)
+    assert_same(grad, truth)
+
+
+def test_alpha_zero_is_the_mean_of_per_sequence_nll(step):
+    model, traces = step
+    loss, grad, logps = gradient(model, traces, max_tokens=64, alpha=0.0)
+    means = [
+        -logps[t.example, True] / (len(t.input_ids) - t.num_prompt_tokens)
+        for t in traces
+        if t.is_chosen
+    ]
+    assert loss == pytest.approx(sum(means) / len(means), abs=1e-6)
+    positives = [t for t in traces if t.is_chosen]
+    _, truth, _ = gradient(model, positives, max_tokens=64, alpha=0.8)
+    assert_same(grad, truth)
+
+
+def test_rejected_term_is_minus_alpha_times_the_same_trace_as_chosen(step):
+    from dataclasses import replace
+
+    model, traces = step
+    rejected = [t for t in traces if not t.is_chosen]
+    as_chosen = [replace(t, is_chosen=True) for t in rejected]
+    down, grad_down, _ = gradient(model, rejected, max_tokens=64, alpha=0.8)
+    up, grad_up, _ = gradient(model, as_chosen, max_tokens=64)
+    assert down == pytest.approx(-0.8 * up, abs=1e-6)
+    assert_same(grad_down, -0.8 * grad_up)
+
+
+def test_prompts_get_no_gradient(step):
+    """The head's hidden states at positions that predict prompt tokens: exactly zero."""
+    model, traces = step
+    counts, objective = StepCounts.of(traces), make_objective("redi", 0.8)
+    pack = pack_traces(traces, 10_000)[0]
+    x_TH = model(pack, lambda x, w, p, options: x).detach().requires_grad_()
+    w_VH = model.lm.lm_head.weight
+    objective(x_TH, w_VH, pack, model.logit_options(), counts).loss.backward()
+    ignored = pack.targets_T == IGNORE_INDEX
+    assert 0 < ignored.sum() < len(ignored)
+    assert (x_TH.grad[ignored] == 0).all()
+    assert (x_TH.grad[~ignored].abs().sum(1) > 0).all()
+
+
+def test_stop_token_counts_and_is_trained(step):
+    model, traces = step
+    pack = pack_traces(traces, 10_000)[0]
+    last_targets = pack.targets_T[pack.cu_seqlens[1:].long() - 2]
+    assert (last_targets == 3).all()  # <e>
+    tokens = sum(len(t.input_ids) - t.num_prompt_tokens for t in traces)
+    assert (pack.targets_T != IGNORE_INDEX).sum() == tokens == StepCounts.of(traces).num_tokens
+
+
+def test_gradient_checkpointing_changes_nothing(step, tmp_path):
+    model, traces = step
+    config = make_config(TrainConfig, tiny.train_settings(tmp_path), "test")
+    _, truth, _ = gradient(model, traces, max_tokens=64)
+    checkpointed = load_model(config.model_copy(update={"gradient_checkpointing": True}))
+    checkpointed.load_state_dict(model.state_dict())
+    assert any(getattr(m, "gradient_checkpointing", False) for m in checkpointed.modules())
+    _, grad, _ = gradient(checkpointed, traces, max_tokens=64)
+    assert torch.equal(grad, truth)

@@ -1,0 +1,307 @@
+"""The loop: what it writes, that it continues exactly, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+import redi
+from redi import checkpoint
+from redi.config import TrainConfig, make_config
+from redi.errors import Interrupted, RediError
+from redi.monitor import read_metrics
+from redi.train import Schedule, train
+
+TIMING = ("tokens_per_second", "time")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def same_bits(a: Path, b: Path) -> bool:
+    left, right = weights(a), weights(b)
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def metrics(folder: Path) -> list[dict]:
+    rows = read_metrics(Path(folder) / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """One uninterrupted run of 6 steps (12 pairs, 5 a step, 2 epochs)."""
+    folder = tmp_path_factory.mktemp("straight")
+    result = train(tiny.train_settings(folder))
+    return folder, result
+
+
+class StopAt(redi.Callback):
+    def __init__(self, step, error):
+        self.step, self.error = step, error
+
+    def on_step_end(self, state):
+        if state.step == self.step:
+            raise self.error
+
+
+def test_result_and_metrics(straight):
+    folder, result = straight
+    rows = metrics(folder / "out")
+    assert result.steps == 6
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["epoch"] for row in rows][-1] == 2
+    assert rows[0]["loss"] == pytest.approx(
+        -rows[0]["logps/chosen"] + 0.8 * rows[0]["logps/rejected"], abs=1e-5
+    )
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_model_folder_is_an_ordinary_one(straight):
+    """Plain transformers loads it, finds the template, and stops where training stopped."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = straight[0] / "out"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.config._attn_implementation in ("sdpa", "eager")
+    assert model.generation_config.eos_token_id == [tokenizer.convert_tokens_to_ids("<e>")]
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "1+2=?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    out = model.generate(**prompt, max_new_tokens=5, do_sample=False)
+    assert out.shape[1] > prompt["input_ids"].shape[1]
+    card = (folder / "README.md").read_text()
+    assert "alpha: 0.8" in card
+    assert "2505.24850" in card
+
+
+def test_same_seed_same_bits(straight, tmp_path):
+    train(tiny.train_settings(tmp_path))
+    assert same_bits(straight[0] / "out", tmp_path / "out")
+
+
+def test_another_seed_is_another_model(straight, tmp_path):
+    train(tiny.train_settings(tmp_path, seed=2))
+    assert not same_bits(straight[0] / "out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_resume_is_bit_for_bit(straight, tmp_path, stop):
+    """A crash after `stop` steps loses at most the steps since the last save, and nothing else."""
+    settings = tiny.train_settings(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        train(settings, [StopAt(stop, ZeroDivisionError())])
+    assert not (tmp_path / "out" / "config.json").exists()
+    train(settings)
+    assert same_bits(straight[0] / "out", tmp_path / "out")
+    assert metrics(tmp_path / "out") == metrics(straight[0] / "out")
+
+
+def test_finished_run_is_not_run_again(straight):
+    folder, result = straight
+
+    again = train(tiny.train_settings(folder), [StopAt(1, AssertionError("trained again"))])
+    assert again == result
+
+
+def test_output_dir_of_another_run_is_refused(straight):
+    folder, _ = straight
+    with pytest.raises(RediError, match=r"differs in alpha \(0.8 there, 0.5 now\)"):
+        train(tiny.train_settings(folder, alpha=0.5))
+
+
+def test_checkpoint_of_other_data_is_refused(tmp_path):
+    settings = tiny.train_settings(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        train(settings, [StopAt(3, ZeroDivisionError())])
+    tiny.write_jsonl(tmp_path / "pairs.jsonl", tiny.pair_rows()[::-1])
+    with pytest.raises(RediError, match="differs in the data"):
+        train(settings)
+
+
+def test_a_half_written_checkpoint_is_not_used(tmp_path, straight):
+    settings = tiny.train_settings(tmp_path, save_total_limit=3)
+    with pytest.raises(ZeroDivisionError):
+        train(settings, [StopAt(5, ZeroDivisionError())])
+    out = tmp_path / "out"
+    assert [c.name for c in checkpoint.complete_checkpoints(out)] == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
+    damaged = out / "checkpoint-4" / "optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    assert checkpoint.find(out, "auto").name == "checkpoint-2"
+    train(settings)
+    assert same_bits(straight[0] / "out", out)
+
+
+def test_old_checkpoints_go(straight):
+    left = sorted(p.name for p in (straight[0] / "out").glob("checkpoint-*"))
+    assert left == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_signal_saves_and_continues_exactly(straight, tmp_path):
+    class Signal(redi.Callback):
+        def on_step_end(self, state):
+            if state.step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = tiny.train_settings(tmp_path, save_steps=100)
+    with pytest.raises(Interrupted, match="after step 3 of 6"):
+        train(settings, [Signal()])
+    train(settings)
+    assert same_bits(straight[0] / "out", tmp_path / "out")
+
+
+def test_sigkill_of_the_command_line(straight, tmp_path):
+    """The real program, killed outright at a random-looking moment, then run again."""
+    import yaml
+
+    settings = tiny.train_settings(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "redi", "train", "--config", str(recipe)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    file = tmp_path / "out" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while len(read_metrics(file)) < 3 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert same_bits(straight[0] / "out", tmp_path / "out")
+    assert metrics(tmp_path / "out") == metrics(straight[0] / "out")
+
+
+def test_nan_stops_before_the_weights_change(tmp_path):
+    class Poison(redi.Callback):
+        """Callbacks never see the model; a NaN arrives as it would in life, through the weights."""
+
+        def on_save(self, state):
+            folder = state.output_dir / f"checkpoint-{state.step}"
+            tensors = weights(folder)
+            next(iter(tensors.values()))[3, 0] = float("nan")
+            from safetensors.torch import save_file
+
+            save_file(tensors, folder / "model.safetensors")
+            raise ZeroDivisionError
+
+    settings = tiny.train_settings(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        train(settings, [Poison()])
+    with pytest.raises(RediError, match=r"step 3: loss nan.*examples: sum-\d+, sum-\d+"):
+        train(settings)
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert checkpoint.find(tmp_path / "out", "auto").name == "checkpoint-2"
+
+
+def test_full_disk_at_a_save_warns_and_goes_on(straight, tmp_path, monkeypatch, capsys):
+    def full(tensors, file):
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    train(tiny.train_settings(tmp_path))
+    assert "checkpoint of step 2 NOT saved" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    assert same_bits(straight[0] / "out", tmp_path / "out")
+
+
+def test_full_disk_at_the_end_keeps_the_checkpoint(straight, tmp_path, monkeypatch):
+    from transformers import PreTrainedModel
+
+    def full(self, folder, **kwargs):
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    settings = tiny.train_settings(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", full)
+        with pytest.raises(RediError, match=r"could not be written.*No space left.*continues"):
+            train(settings)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert not (tmp_path / "out" / "export.tmp").exists()
+    train(settings)
+    assert same_bits(straight[0] / "out", tmp_path / "out")
+
+
+def test_small_rates_move_float32_weights(tmp_path):
+    """At lr 1e-6 a bf16 weight of 0.02 would not move at all; float32 masters do."""
+    tiny.train_settings(tmp_path)
+    start = train(
+        tiny.train_settings(
+            tmp_path, output_dir=str(tmp_path / "a"), max_steps=1, learning_rate=1e-30
+        )
+    )
+    settings = {
+        "learning_rate": 1e-6,
+        "max_steps": 4,
+        "lr_scheduler_type": "constant",
+        "warmup_ratio": 0.0,
+    }
+    moved = train(tiny.train_settings(tmp_path, output_dir=str(tmp_path / "b"), **settings))
+    before, after = weights(start.output_dir), weights(moved.output_dir)
+    moves = torch.cat(
+        [(after[k] - before[k]).abs().flatten() for k in before if before[k].ndim == 2]
+    )
+    trained = moves[moves > 0]
+    assert len(trained) > 0.8 * len(moves)
+    assert trained.mean() > 1e-6
+
+
+def test_exported_dtype(tmp_path):
+    result = train(tiny.train_settings(tmp_path, dtype="bfloat16", max_steps=1))
+    assert {t.dtype for t in weights(result.output_dir).values()} == {torch.bfloat16}
+    assert json.loads((result.output_dir / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_two_stages(tmp_path):
+    """SFT, then REDI from its folder; log-probs continue where SFT left them."""
+    sft = train(
+        tiny.train_settings(
+            tmp_path, objective="sft", output_dir=str(tmp_path / "sft"), num_train_epochs=8
+        )
+    )
+    settings = tiny.train_settings(
+        tmp_path, model_name_or_path=str(sft.output_dir), train_batch_size=12
+    )
+    del settings["architecture"], settings["tokenizer_name_or_path"]
+    train(settings)
+    first = metrics(tmp_path / "out")[0]
+    assert first["logps/chosen"] == pytest.approx(sft.metrics["logps/chosen"], abs=0.4)
+    assert "logps/rejected" not in sft.metrics
+
+
+def test_schedule():
+    config = make_config(
+        TrainConfig,
+        {"architecture": {}, "tokenizer_name_or_path": "t", "dataset_name": "d", "output_dir": "o",
+         "train_batch_size": 3, "num_train_epochs": 4, "learning_rate": 2.0, "warmup_ratio": 0.1},
+        "test",
+    )  # fmt: skip
+    plan = Schedule(13, config)
+    assert (plan.steps_per_epoch, plan.total_steps, plan.warmup_steps) == (5, 20, 2)
+    rates = [plan.learning_rate(s) for s in range(20)]
+    assert rates[:3] == [1.0, 2.0, 2.0]
+    assert np.allclose(np.diff(rates[2:]), -2.0 / 18)
+    assert rates[-1] == pytest.approx(2.0 / 18)
+    for epoch in range(4):  # each epoch visits every example once, in its own order
+        seen = [i for s in range(5) for i in plan.examples(5 * epoch + s)]
+        assert sorted(seen) == list(range(13))
+    assert plan.examples(0) != plan.examples(5)
