@@ -1,0 +1,329 @@
+"""`redi eval`: sample answers to held-out problems, grade them, say how sure the numbers are.
+
+    output_dir/evaluation.json    what is evaluated: settings and fingerprint
+    output_dir/generations.jsonl  every sample with its verdict, appended batch by batch
+    output_dir/pairs.jsonl        log-probs of held-out right and wrong traces (pairs_name)
+    output_dir/metrics.json       the figures; written last, so it marks a finished evaluation
+
+A sample depends on the settings, the model and (seed, problem, sample) only, so an evaluation that
+was killed goes on where it stood and ends in the same files.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from redi.config import EvalConfig
+from redi.data.read import (
+    Example,
+    Prompt,
+    answer_of,
+    make_prompt,
+    problem_of,
+    read_examples,
+    read_rows,
+)
+from redi.errors import RediError
+from redi.results import EvalResult, load_result, read_result
+
+# What a model's answers depend on; cards, logs and checkpoints in its folder may change.
+MODEL_FILES = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "*.jinja"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+)
+# Settings that change how fast the answers come, not which (but for the rounding of sums).
+SPEED_FIELDS = {"num_workers", "batch_size", "max_tokens_per_batch"}
+
+
+@dataclass(frozen=True)
+class Question:
+    id: str
+    problem: Prompt
+    answer: str
+
+
+def evaluate(
+    model_name_or_path: str | os.PathLike, config: EvalConfig, output_dir: str | os.PathLike
+) -> EvalResult:
+    """Evaluates one model, going on where an earlier call with the same settings stopped.
+
+    A finished evaluation of the same model files, data and settings is only read. Computes in
+    float32 on a CPU, bfloat16 on CUDA. Raises RediError for bad data, a folder without a model or
+    tokenizer, and problems longer than the model's context.
+    """
+    name, folder = os.fspath(model_name_or_path), Path(output_dir)
+    questions = read_questions(config)
+    pairs = read_examples(config.pairs_name) if config.pairs_name is not None else []
+    fingerprint = _fingerprint(name, config, questions, pairs)
+    if _read_json(folder / "metrics.json").get("fingerprint") == fingerprint:
+        return load_result(folder)
+    _start(folder, {"fingerprint": fingerprint, "model": name, "config": config.model_dump()})
+    lm, tokenizer = _load(name)
+    _sample(lm, tokenizer, questions, config, folder / "generations.jsonl")
+    if pairs:
+        _score_pairs(lm, tokenizer, pairs, config, folder / "pairs.jsonl")
+    result = read_result(folder, name)
+    _write_json(folder / "metrics.json", {**result.metrics(), "fingerprint": fingerprint})
+    return result
+
+
+def read_questions(config: EvalConfig) -> list[Question]:
+    """The problems of `config.dataset_name`. Raises RediError for a row without problem or answer,
+    and for an id that occurs twice."""
+    questions: dict[str, Question] = {}
+    for where, row in read_rows(config.dataset_name):
+        if len(questions) == config.max_problems:
+            break
+        problem, answer = problem_of(row, where), answer_of(row, where)
+        if not problem or not answer:
+            empty = "the problem" if not problem else "`answer`"
+            raise RediError(f"{where}: {empty} is missing; evaluation needs both")
+        name = next((str(row[key]) for key in ("id", "uuid") if row.get(key) is not None), where)
+        if name in questions:
+            raise RediError(f"{where}: id {name!r} occurs twice; ids must differ")
+        questions[name] = Question(name, problem, answer)
+    if not questions:
+        raise RediError(f"{config.dataset_name}: no rows")
+    return list(questions.values())
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    """The model, ready to generate, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from redi.model import load_tokenizer_from
+
+    tokenizer = load_tokenizer_from(name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise RediError(
+            f"{name}: no model could be loaded ({str(error).splitlines()[0]})"
+        ) from None
+    return lm.to(device).eval(), tokenizer
+
+
+def _sample(
+    lm: Any, tokenizer: Any, questions: list[Question], config: EvalConfig, file: Path
+) -> None:
+    """Appends the samples that `file` lacks. Its order is fixed: long prompts first, so that memory
+    runs out at once if it does, and prompts of one length side by side."""
+    from redi.data.tokenize import ChatFormat
+    from redi.data.verify import Verifier
+    from redi.generate import generate
+
+    chat = ChatFormat(tokenizer)
+    prompts = [
+        chat.encode_prompt(_pose(question.problem, config, bool(tokenizer.chat_template)))
+        for question in questions
+    ]
+    _check_context(lm.config, max(map(len, prompts)), config.max_new_tokens)
+    order = sorted(range(len(questions)), key=lambda i: (-len(prompts[i]), i))
+    items = [(problem, sample) for problem in order for sample in range(config.num_samples)]
+    done = _keep_whole_batches(file, config.batch_size, len(items))
+    with (
+        _progress("samples", len(items), done) as advance,
+        Verifier(num_workers=config.num_workers, timeout=config.verify_timeout) as verifier,
+        file.open("a") as output,
+    ):
+        for start in range(done, len(items), config.batch_size):
+            batch = items[start : start + config.batch_size]
+            completions = generate(
+                lm,
+                [prompts[problem] for problem, _ in batch],
+                _uniforms(config, batch),
+                stop_ids=chat.eos_token_ids,
+                temperature=config.temperature,
+                top_p=config.top_p,
+            )
+            rows = [
+                _row(tokenizer, chat.eos_token_ids, questions, item, ids)
+                for item, ids in zip(batch, completions, strict=True)
+            ]
+            _grade(rows, questions, verifier)
+            output.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            output.flush()
+            os.fsync(output.fileno())
+            advance(len(batch))
+
+
+def _pose(problem: Prompt, config: EvalConfig, has_template: bool) -> Prompt:
+    """Chat messages; plain text for a base model, whose tokenizer has no chat template."""
+    if has_template or not isinstance(problem, str):
+        return make_prompt(problem, config.system_prompt, config.prompt_template)
+    if config.system_prompt is not None:
+        raise RediError("system_prompt: the model's tokenizer has no chat template to put it in")
+    return config.prompt_template.replace("{problem}", problem)
+
+
+def _uniforms(config: EvalConfig, batch: list[tuple[int, int]]) -> Any:
+    import torch
+
+    draws = [
+        np.random.default_rng([config.seed, *item]).random(config.max_new_tokens, np.float32)
+        for item in batch
+    ]
+    return torch.from_numpy(np.stack(draws))
+
+
+def _row(
+    tokenizer: Any,
+    stop_ids: list[int],
+    questions: list[Question],
+    item: tuple[int, int],
+    ids: list[int],
+) -> dict[str, Any]:
+    finished = ids[-1] in stop_ids
+    text = tokenizer.decode(ids[:-1] if finished else ids, clean_up_tokenization_spaces=False)
+    problem, sample = item
+    return {
+        "problem": problem,
+        "id": questions[problem].id,
+        "sample": sample,
+        "text": text,
+        "verdict": "wrong",
+        "finished": finished,
+        "num_tokens": len(ids),
+    }
+
+
+def _grade(rows: list[dict[str, Any]], questions: list[Question], verifier: Any) -> None:
+    """Sets the verdicts; a sample that is not finished stays wrong, whatever it says."""
+    finished = [row for row in rows if row["finished"]]
+    verdicts = verifier.verify(
+        [row["text"] for row in finished],
+        [questions[row["problem"]].answer for row in finished],
+    )
+    for row, verdict in zip(finished, verdicts, strict=True):
+        row["verdict"] = verdict
+
+
+def _score_pairs(
+    lm: Any, tokenizer: Any, pairs: list[Example], config: EvalConfig, file: Path
+) -> None:
+    """Writes the log-probs of every pair that has both traces and fits the model's context."""
+    from redi import attention
+    from redi.data.pack import pack_traces
+    from redi.data.tokenize import tokenize_examples
+    from redi.model import PackedLM, sequence_logps
+
+    whole = [pair for pair in pairs if pair.chosen is not None and pair.rejected is not None]
+    if not whole:
+        raise RediError(f"{config.pairs_name}: no row has both chosen and rejected")
+    context = getattr(lm.config, "max_position_embeddings", None)
+    tokenized = tokenize_examples(whole, tokenizer, max_length=context)
+    packs = pack_traces([t for both in tokenized.traces for t in both], config.max_tokens_per_batch)
+    attention.register()
+    lm.set_attn_implementation(attention.NAME)
+    scores: dict[int, dict[str, float]] = {}
+    with _progress("held-out pairs", len(packs), 0) as advance:
+        for pack, sum_S, length_S in sequence_logps(PackedLM(lm).eval(), packs):
+            mean_S = (sum_S.double() / length_S).tolist()
+            for example, is_chosen, mean in zip(
+                pack.examples, pack.is_chosen_S.tolist(), mean_S, strict=True
+            ):
+                scores.setdefault(example, {})["chosen" if is_chosen else "rejected"] = mean
+            advance(1)
+    rows = [{"id": whole[i].id, **scores[i]} for i in sorted(scores)]
+    _write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _check_context(model_config: Any, longest_prompt: int, max_new_tokens: int) -> None:
+    context = getattr(model_config, "max_position_embeddings", None)
+    if context is not None and longest_prompt + max_new_tokens > context:
+        raise RediError(
+            f"max_new_tokens: {max_new_tokens} new tokens after the longest prompt "
+            f"({longest_prompt} tokens) exceed the model's {context} positions; "
+            f"set max_new_tokens to at most {context - longest_prompt}"
+        )
+
+
+def _fingerprint(
+    name: str, config: EvalConfig, questions: list[Question], pairs: list[Example]
+) -> str:
+    digest = hashlib.sha256()
+    settings = config.model_dump(exclude=SPEED_FIELDS | {"dataset_name", "pairs_name"})
+    content = [settings, *map(dataclasses.asdict, [*questions, *pairs])]
+    digest.update(json.dumps(content, sort_keys=True).encode())
+    folder = Path(name)
+    if not folder.is_dir():
+        digest.update(name.encode())  # a hub name
+    for file in sorted({f for pattern in MODEL_FILES for f in folder.glob(pattern) if f.is_file()}):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _start(folder: Path, identity: dict[str, Any]) -> None:
+    """Makes `folder` the place of this evaluation; what another one left there is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").unlink(missing_ok=True)
+    if _read_json(folder / "evaluation.json").get("fingerprint") != identity["fingerprint"]:
+        for name in ("generations.jsonl", "pairs.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+        _write_json(folder / "evaluation.json", identity)
+
+
+def _keep_whole_batches(file: Path, batch_size: int, total: int) -> int:
+    """Cuts `file` after its last whole batch, and returns how many rows are left: a kill in the
+    middle of a write leaves half a batch or a torn line."""
+    if not file.exists():
+        return 0
+    lines = file.read_bytes().splitlines(keepends=True)
+    whole = len(lines) if not lines or lines[-1].endswith(b"\n") else len(lines) - 1
+    done = total if whole >= total else whole // batch_size * batch_size
+    os.truncate(file, sum(map(len, lines[:done])))
+    return done
+
+
+@contextmanager
+def _progress(what: str, total: int, done: int) -> Iterator[Any]:
+    """A bar on a terminal, else a plain line at most every 10 s. Yields `advance(count)`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(None), MofNCompleteColumn(), Remaining())
+    printed = time.monotonic()
+
+    def advance(count: int) -> None:
+        nonlocal done, printed
+        done += count
+        bar.advance(task, count)
+        if not console.is_terminal and (done == total or time.monotonic() - printed >= 10):
+            printed = time.monotonic()
+            print(f"{what}  {done}/{total}", file=sys.stderr, flush=True)
+
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total, completed=done)
+        yield advance
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    _write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def _write_text(file: Path, text: str) -> None:
+    aside = file.with_suffix(".tmp")
+    aside.write_text(text)
+    aside.replace(file)

@@ -1,0 +1,172 @@
+"""What evaluations measured, and how sure it is: pass@1 and pass@k, their errors, differences."""
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from math import comb, sqrt
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from redi.errors import RediError
+
+VERDICTS = ("correct", "wrong", "unparsable", "timeout")
+Metric = Literal["pass@1", "gap"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95% bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Log-probs per token (completion and stop token) of P held-out pairs."""
+
+    ids: tuple[str, ...]
+    chosen_P: np.ndarray  # float64
+    rejected_P: np.ndarray  # float64
+
+    @property
+    def gap_P(self) -> np.ndarray:
+        return self.chosen_P - self.rejected_P
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What P problems with N samples each came to, in the order of the dataset."""
+
+    model: str
+    problem_ids: tuple[str, ...]
+    verdict_PN: np.ndarray  # of VERDICTS
+    finished_PN: np.ndarray  # bool; an unfinished sample is wrong
+    num_tokens_PN: np.ndarray  # int64; stop token included
+    pairs: PairScores | None = None
+
+    @property
+    def correct_PN(self) -> np.ndarray:
+        return self.finished_PN & (self.verdict_PN == "correct")
+
+    @property
+    def pass_at_1(self) -> float:
+        return float(self.correct_PN.mean())
+
+    @property
+    def sem(self) -> float | None:
+        """The paper's: standard deviation (ddof 0) of the N accuracies over the whole dataset,
+        divided by sqrt(N). None for a single sample, which says nothing about spread."""
+        accuracy_N = self.correct_PN.mean(axis=0)
+        return float(accuracy_N.std() / sqrt(len(accuracy_N))) if len(accuracy_N) > 1 else None
+
+    def pass_at(self, k: int) -> float:
+        """Unbiased estimate of the chance that one of k samples is correct: the mean over problems
+        of 1 - C(N - c, k) / C(N, k), c of a problem's N samples being correct."""
+        n = self.correct_PN.shape[1]
+        if not 1 <= k <= n:
+            raise ValueError(f"pass@{k} needs 1 <= k <= {n}, the number of samples")
+        chance = [1 - comb(n - c, k) / comb(n, k) for c in range(n + 1)]
+        return float(np.mean([chance[c] for c in self.correct_PN.sum(axis=1)]))
+
+    def metrics(self) -> dict[str, Any]:
+        """The figures of metrics.json."""
+        num_problems, num_samples = self.correct_PN.shape
+        ks = [2**i for i in range(num_samples.bit_length())]
+        counts = Counter(self.verdict_PN.ravel().tolist())
+        figures = {
+            "model": self.model,
+            "num_problems": num_problems,
+            "num_samples": num_samples,
+            "pass@1_sem": self.sem,
+            **{f"pass@{k}": self.pass_at(k) for k in ks},
+            "unfinished": float(1 - self.finished_PN.mean()),
+            "mean_tokens": float(self.num_tokens_PN.mean()),
+            "verdicts": {verdict: counts[verdict] for verdict in VERDICTS},
+        }
+        if self.pairs is not None:
+            gap = bootstrap(self.pairs.gap_P)
+            figures["pairs"] = {
+                "num_pairs": len(self.pairs.ids),
+                "logps/chosen": float(self.pairs.chosen_P.mean()),
+                "logps/rejected": float(self.pairs.rejected_P.mean()),
+                "gap": gap.mean,
+                "gap_interval": [gap.low, gap.high],
+                "chosen_above_rejected": float((self.pairs.gap_P > 0).mean()),
+            }
+        return figures
+
+
+def bootstrap(values_P: np.ndarray, *, seed: int = 0, num_resamples: int = 10_000) -> Interval:
+    """The mean of P independent values with its 95% percentile bootstrap interval."""
+    rng = np.random.default_rng(seed)
+    size = len(values_P)
+    chunk = max(1, min(num_resamples, 2_000_000 // size))  # bounds the memory
+    means = np.concatenate([
+        values_P[rng.integers(size, size=(min(chunk, num_resamples - start), size))].mean(axis=1)
+        for start in range(0, num_resamples, chunk)
+    ])  # fmt: skip
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(values_P.mean()), float(low), float(high))
+
+
+def paired_difference(
+    a: EvalResult, b: EvalResult, metric: Metric = "pass@1", *, seed: int = 0
+) -> Interval:
+    """How much higher `metric` is for `a` than for `b`, with a 95% interval over the problems.
+
+    Problems (or pairs, for "gap") are resampled with both models' values together. The interval is
+    about these two models; it says nothing about training again with another seed.
+    Raises RediError when the two were not evaluated on the same problems.
+    """
+    of = {name: _values(result, metric) for name, result in (("a", a), ("b", b))}
+    (ids_a, values_a), (ids_b, values_b) = of["a"], of["b"]
+    if ids_a != ids_b:
+        first = next((x for x in ids_a if x not in set(ids_b)), None) or next(
+            (x for x in ids_b if x not in set(ids_a)), "their order"
+        )
+        raise RediError(
+            f"{a.model} and {b.model} were evaluated on different problems ({len(ids_a)} and "
+            f"{len(ids_b)}; first difference: {first}); evaluate both on the same dataset"
+        )
+    return bootstrap(values_a - values_b, seed=seed)
+
+
+def _values(result: EvalResult, metric: Metric) -> tuple[tuple[str, ...], np.ndarray]:
+    if metric == "pass@1":
+        return result.problem_ids, result.correct_PN.mean(axis=1)
+    if result.pairs is None:
+        raise RediError(f"{result.model} was evaluated without pairs_name: it has no log-prob gap")
+    return result.pairs.ids, result.pairs.gap_P
+
+
+def load_result(output_dir: str | os.PathLike) -> EvalResult:
+    """A finished evaluation. Raises RediError when the folder holds none."""
+    folder = Path(output_dir)
+    file = folder / "metrics.json"
+    if not file.exists():
+        raise RediError(f"{folder}: no finished evaluation (metrics.json); run `redi eval` first")
+    return read_result(folder, json.loads(file.read_text())["model"])
+
+
+def read_result(folder: Path, model: str) -> EvalResult:
+    rows = [json.loads(line) for line in (folder / "generations.jsonl").open()]
+    rows.sort(key=lambda row: (row["problem"], row["sample"]))
+    shape = (rows[-1]["problem"] + 1, rows[-1]["sample"] + 1)
+    column = lambda key: np.array([row[key] for row in rows]).reshape(shape)
+    pairs = None
+    if (folder / "pairs.jsonl").exists():
+        scored = [json.loads(line) for line in (folder / "pairs.jsonl").open()]
+        pairs = PairScores(
+            tuple(row["id"] for row in scored),
+            np.array([row["chosen"] for row in scored]),
+            np.array([row["rejected"] for row in scored]),
+        )
+    ids = tuple(row["id"] for row in rows[:: shape[1]])
+    return EvalResult(
+        model, ids, column("verdict"), column("finished"), column("num_tokens"), pairs
+    )
