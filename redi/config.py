@@ -9,10 +9,18 @@ import difflib
 import os
 import warnings
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from redi.errors import RediError
 
@@ -30,6 +38,15 @@ KNOWN_ELSEWHERE = {
     "reinforce_rejected_coef": "use alpha",
     "beta": "REDI is reference-free and has no beta; use alpha",
 }
+
+
+def _has_slot(template: str) -> str:
+    if "{problem}" not in template:
+        raise ValueError("must contain {problem}")
+    return template
+
+
+PromptTemplate = Annotated[str, AfterValidator(_has_slot)]  # the user's turn
 
 
 class Strict(BaseModel):
@@ -51,18 +68,13 @@ class DataConfig(Strict):
     )
     max_prompt_length: int | None = Field(None, gt=0, description="drop longer prompts (tokens)")
     system_prompt: str | None = Field(None, description="system message put before every problem")
-    prompt_template: str = Field("{problem}", description="the user's turn; {problem} is replaced")
+    prompt_template: PromptTemplate = Field(
+        "{problem}", description="the user's turn; {problem} is replaced"
+    )
     num_workers: int | None = Field(
         None, ge=1, description="verifier processes; default: CPU cores"
     )
     verify_timeout: float = Field(5.0, gt=0, description="seconds allowed to judge one answer")
-
-    @field_validator("prompt_template")
-    @classmethod
-    def _has_slot(cls, value: str) -> str:
-        if "{problem}" not in value:
-            raise ValueError("must contain {problem}")
-        return value
 
 
 class EvalConfig(Strict):
@@ -81,11 +93,17 @@ class EvalConfig(Strict):
     max_problems: int | None = Field(None, ge=1, description="only the first so many problems")
     batch_size: int = Field(64, ge=1, description="samples generated at once")
     max_tokens_per_batch: int = Field(16384, ge=1, description="tokens scored at once (pairs_name)")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     verify_timeout: float = Field(5.0, gt=0)
     num_workers: int | None = Field(None, ge=1)
     system_prompt: str | None = None
-    prompt_template: str = "{problem}"
+    prompt_template: PromptTemplate = "{problem}"
+
+    @model_validator(mode="after")
+    def _greedy_is_one_sample(self) -> "EvalConfig":
+        if self.temperature == 0 and self.num_samples > 1:
+            raise ValueError("temperature 0 gives the same answer each time; set num_samples to 1")
+        return self
 
 
 class TrainConfig(Strict):
