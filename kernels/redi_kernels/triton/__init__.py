@@ -1,0 +1,67 @@
+"""The loss kernels in Triton: NVIDIA from sm_80, AMD by the pointer form.
+
+    logits.py      the logits matmul; statistics and d(logits) in its epilogue
+    reduce.py      the small launches per token and per column
+    matmul.py      dX and dW
+    primitive.py   log-probs, and gradients for coefficients that come later (4 U in all)
+    weighted.py    gradients for weights known beforehand, made in the forward (3 U)
+    config.py, launch.py, tiles.py   shapes, launches, device functions
+
+This module is the backend: three functions over tensors on one device, called by the custom ops in
+logprobs.py, which have dropped ignored rows and validated everything.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from redi_kernels.head import Head
+from redi_kernels.triton import config as configs
+from redi_kernels.triton import launch, primitive
+from redi_kernels.triton import weighted as fused
+
+Needs = tuple[bool, bool, bool]
+
+
+def forward(x_NH: Tensor, w_VH: Tensor, y_N: Tensor, head: Head) -> tuple[Tensor, ...]:
+    """(logp_N, lse_N, entropy_N, correct_N); logp <= 0."""
+    with launch.on_device(x_NH):
+        return primitive.forward(_problem(x_NH, w_VH, y_N, head))
+
+
+def backward(
+    x_NH: Tensor, w_VH: Tensor, y_N: Tensor, logp_N: Tensor, lse_N: Tensor, dlogp_N: Tensor,
+    dlse_N: Tensor, head: Head, needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dx_NH, dw_VH, db_V) in the inputs' dtypes, None where not needed."""
+    with launch.on_device(x_NH):
+        problem = _problem(x_NH, w_VH, y_N, head)
+        coefficients = dlogp_N.float(), dlse_N.float()
+        return primitive.backward(problem, logp_N, lse_N, *coefficients, needs)
+
+
+def weighted(
+    x_NH: Tensor, w_VH: Tensor, y_N: Tensor, weight_N: Tensor, head: Head, needs: Needs
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(logp_N, dx_NH, dw_VH, db_V): gradient of sum(weight * logp), made in the forward.
+
+    fp16 has no room for exp(z - c), so it takes the primitive's path.
+    """
+    with launch.on_device(x_NH):
+        problem = _problem(x_NH, w_VH, y_N, head)
+        if x_NH.dtype != torch.float16:
+            return fused.weighted(problem, weight_N.float(), needs)
+        logp_N, lse_N, *_ = primitive.forward(problem)
+        return logp_N, *primitive.backward(
+            problem, logp_N, lse_N, weight_N.float(), torch.zeros_like(lse_N), needs
+        )
+
+
+def _problem(x_NH: Tensor, w_VH: Tensor, y_N: Tensor, head: Head) -> launch.Problem:
+    config = configs.select(x_NH.device, x_NH.dtype)
+    x_NH, w_VH = (m if m.stride(1) == 1 else m.contiguous() for m in (x_NH, w_VH))
+    return launch.Problem(x_NH, w_VH, y_N, head.bias_V, head.softcap, head.logit_scale, config)
+
+
+__all__ = ["backward", "forward", "weighted"]

@@ -1,0 +1,68 @@
+"""Tile shapes and the form of the loads, per device and dtype. One place, no autotuning: a choice
+that depended on timing would make log-probs depend on it too."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One matmul's output tile M x N, its step K, the swizzle's group, warps and pipeline depth."""
+
+    m: int
+    n: int
+    k: int
+    group: int = 8
+    warps: int = 8
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class Config:
+    """`logits`: tokens x vocabulary x hidden. `dx`: tokens x hidden x vocabulary. `dw`: vocabulary
+    x hidden x tokens. `tma`: loads by host tensor descriptors. `persistent`: one program per SM
+    walks the tiles. `slab_bytes` bounds the buffer of d(logits), but a slice of the vocabulary has
+    at least `min_slice` columns: dX's fp32 sum moves 8 T H bytes per slice, which at 4096 columns
+    is less than a third of the time of the slice's dX matmul."""
+
+    logits: Tile
+    dx: Tile
+    dw: Tile
+    tma: bool = False
+    persistent: bool = False
+    precision: str = "ieee"
+    slab_bytes: int = 256 << 20
+    min_slice: int = 4096
+
+    def __post_init__(self) -> None:
+        # d(logits) is zero in whole tiles of the logits matmul: the others must not read past them
+        assert self.logits.n % self.dx.k == 0 and self.logits.m % self.dw.k == 0
+
+
+SM80 = Config(Tile(128, 128, 32), Tile(128, 128, 32), Tile(128, 128, 32))
+INTERPRETER = Config(
+    Tile(64, 128, 64),
+    Tile(64, 64, 64),
+    Tile(128, 64, 64),
+    persistent=True,
+    slab_bytes=256 << 10,
+    min_slice=128,
+)
+
+
+def select(device: torch.device, dtype: torch.dtype) -> Config:
+    """The configuration for tensors of `dtype` on `device`."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return INTERPRETER
+    return SM80
+
+
+def num_programs(config: Config, device: torch.device, num_tiles: int) -> int:
+    """Programs of a launch: all tiles, or as many as run at once."""
+    if not config.persistent:
+        return num_tiles
+    if device.type == "cpu":  # the interpreter: few programs, so that each walks several tiles
+        return min(num_tiles, 3)
+    return min(num_tiles, torch.cuda.get_device_properties(device).multi_processor_count)

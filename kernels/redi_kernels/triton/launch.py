@@ -1,0 +1,164 @@
+"""From tensors to launches: pads, strides, descriptors and grids. Nothing here computes."""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from redi_kernels.triton import reduce
+from redi_kernels.triton.config import Config, num_programs
+from redi_kernels.triton.logits import logits_kernel
+from redi_kernels.triton.matmul import matmul_kernel
+
+
+def on_device(tensor: Tensor):
+    """Triton launches on the current device, which need not be the tensors'."""
+    if tensor.is_cuda:
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+def operand(matrix: Tensor, block: tuple[int, int], tma: bool):
+    """A matrix as the kernels read it: a pointer, or a descriptor of `block`-shaped boxes."""
+    return TensorDescriptor.from_tensor(matrix, list(block)) if tma else matrix
+
+
+def can_use_tma(*matrices: Tensor) -> bool:
+    """TMA wants 16-byte aligned bases and rows."""
+    return all(
+        m.data_ptr() % 16 == 0 and m.stride(0) * m.element_size() % 16 == 0 for m in matrices
+    )
+
+
+def padded(size: int, *multiples: int) -> int:
+    multiple = max(multiples)  # powers of two
+    return triton.cdiv(size, multiple) * multiple
+
+
+@dataclass
+class Problem:
+    """One call's tensors and options. `x` may be a chunk of the tokens."""
+
+    x_TH: Tensor
+    w_VH: Tensor
+    y_T: Tensor
+    bias_V: Tensor | None
+    softcap: float | None
+    logit_scale: float
+    config: Config
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.x_TH.shape[0], self.w_VH.shape[0], self.x_TH.shape[1]
+
+    def chunk(self, first: int, last: int) -> "Problem":
+        return Problem(
+            self.x_TH[first:last], self.w_VH, self.y_T[first:last],
+            self.bias_V, self.softcap, self.logit_scale, self.config,
+        )  # fmt: skip
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.x_TH.device)
+
+    def slab(self, num_v: int) -> Tensor:
+        """Room for d(logits) of all tokens and num_v columns, padded to every kernel's tiles."""
+        tiles = self.config
+        rows = padded(self.sizes[0], tiles.logits.m, tiles.dx.m, tiles.dw.k)
+        cols = padded(num_v, tiles.logits.n, tiles.dx.k, tiles.dw.m)
+        return self.new(rows, cols, dtype=self.x_TH.dtype)
+
+
+@dataclass
+class Statistics:
+    """Per tile and token: max, sum, entropy term (or None); per token: the target's logit."""
+
+    max_JT: Tensor
+    sum_JT: Tensor
+    ent_JT: Tensor | None
+    target_T: Tensor
+
+    @classmethod
+    def empty(cls, problem: Problem, entropy: bool) -> "Statistics":
+        T, V, _ = problem.sizes
+        table = (triton.cdiv(V, problem.config.logits.n), T)
+        # a target outside [0, V) has no owner and stays NaN: loud, without a host sync
+        target_T = problem.new(T).fill_(float("nan"))
+        ent_JT = problem.new(*table) if entropy else None
+        return cls(problem.new(*table), problem.new(*table), ent_JT, target_T)
+
+
+@dataclass
+class Slab:
+    """g = (a exp(z - c), or b at the target) slope. Without a and b: exp(z - c) slope."""
+
+    out_TV: Tensor
+    c_T: Tensor
+    a_T: Tensor | None = None
+    b_T: Tensor | None = None
+    active: Tensor | None = None
+
+
+def logits(
+    problem: Problem,
+    stats: Statistics | None = None,
+    slab: Slab | None = None,
+    first_v: int = 0,
+    num_v: int | None = None,
+) -> None:
+    """Launch the logits matmul over a slice of the vocabulary; fills `stats` and `slab`."""
+    p, config, tile = problem, problem.config, problem.config.logits
+    T, V, H = p.sizes
+    num_v = V if num_v is None else num_v
+    tma = config.tma and can_use_tma(p.x_TH, p.w_VH)
+    grid = num_programs(config, p.x_TH.device, triton.cdiv(T, tile.m) * triton.cdiv(num_v, tile.n))
+    logits_kernel[(grid,)](
+        operand(p.x_TH, (tile.m, tile.k), tma), operand(p.w_VH, (tile.n, tile.k), tma),
+        p.y_T, p.bias_V,
+        stats and stats.max_JT, stats and stats.sum_JT, stats and stats.ent_JT,
+        stats and stats.target_T,
+        slab and slab.out_TV, slab and slab.a_T, slab and slab.b_T, slab and slab.c_T,
+        slab and slab.active,
+        T, V, H, first_v, num_v, p.x_TH.stride(0), p.w_VH.stride(0),
+        slab.out_TV.stride(0) if slab else 0, p.logit_scale, p.softcap or 0.0,
+        BLOCK_T=tile.m, BLOCK_V=tile.n, BLOCK_H=tile.k, GROUP_T=tile.group,
+        HAS_BIAS=p.bias_V is not None, HAS_SOFTCAP=p.softcap is not None,
+        EVEN_H=H % tile.k == 0, TMA=tma,
+        STATS=stats is not None, ENTROPY=stats is not None and stats.ent_JT is not None,
+        SLAB=slab is not None, PLAIN=slab is not None and slab.a_T is None,
+        HAS_ACTIVE=slab is not None and slab.active is not None,
+        FLATTEN=config.persistent and not (slab and slab.active is not None),
+        PRECISION=config.precision, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def matmul(
+    config: Config, tile, a: Tensor, b_KN: Tensor, out_MN: Tensor, *, transposed: bool,
+    num_k: int, first_k: int = 0, alpha: float = 1.0,
+    scale_M: Tensor | None = None, acc_MN: Tensor | None = None,
+) -> None:  # fmt: skip
+    """out = acc + scale * alpha * (a or a.T) @ b[first_k : first_k + num_k]; one rounding."""
+    M, N = out_MN.shape
+    tma = config.tma and can_use_tma(a, b_KN)
+    a_block = (tile.k, tile.m) if transposed else (tile.m, tile.k)
+    grid = num_programs(config, b_KN.device, triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n))
+    matmul_kernel[(grid,)](
+        operand(a, a_block, tma), operand(b_KN, (tile.k, tile.n), tma), acc_MN, out_MN, scale_M,
+        M, N, b_KN.shape[0], first_k, num_k, a.stride(0), b_KN.stride(0),
+        acc_MN.stride(0) if acc_MN is not None else 0, out_MN.stride(0), alpha,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=tile.group,
+        TRANSPOSED=transposed, HAS_SCALE=scale_M is not None, ACCUMULATE=acc_MN is not None,
+        EVEN_N=N % tile.n == 0, TMA=tma, FLATTEN=config.persistent, PRECISION=config.precision,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def column_sum(slab_TV: Tensor, scale_T: Tensor | None, acc_V: Tensor, T: int) -> None:
+    """acc_v += sum_t scale_t slab_tv over the first T rows and acc's columns."""
+    block_v = 64
+    reduce.column_kernel[(triton.cdiv(acc_V.numel(), block_v),)](
+        slab_TV, scale_T, acc_V, T, acc_V.numel(), slab_TV.stride(0),
+        BLOCK_T=64, BLOCK_V=block_v, HAS_SCALE=scale_T is not None,
+    )  # fmt: skip

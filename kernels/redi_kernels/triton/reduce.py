@@ -1,0 +1,129 @@
+"""Small launches around the matmuls: one thread row per token, all loops in a fixed order.
+
+reduce_kernel   tile statistics -> lse, logp, entropy, arg-max correctness, per token
+anchor_kernel   z_y = head(x_t . w_{y_t}), the fused path's first guess at lse
+patch_kernel    the fused path's correction of the slab and scaling of x, once lse is known
+column_kernel   db_v = sum_t s_t g_tv
+"""
+
+import triton
+import triton.language as tl
+
+from redi_kernels.triton.tiles import apply_head
+
+
+@triton.jit
+def reduce_kernel(
+    max_ptr, sum_ptr, ent_ptr, target_ptr, logp_ptr, lse_ptr, entropy_ptr, correct_ptr,
+    c_ptr, active_ptr, T, num_tiles, limit,
+    BLOCK_T: tl.constexpr, ENTROPY: tl.constexpr, ANCHORED: tl.constexpr,
+):  # fmt: skip
+    """lse = m + log s with m = max_j m_j, s = sum_j s_j exp(m_j - m), and, centred on m so that
+    logits near +-1000 lose nothing, logp = (z_y - m) - log s and
+    entropy = lse - sum p z = log s - (1/s) sum_j exp(m_j - m) (e_j + s_j (m_j - m)).
+
+    ANCHORED: a row whose anchor c lies more than `limit` below lse gets c = lse and its block is
+    marked active, to be done again: exp(z - c) may have left the exponent range.
+    """
+    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    in_t = rows < T
+    m = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+    for j in range(0, num_tiles):
+        m_j = tl.load(max_ptr + tl.cast(j, tl.int64) * T + rows, mask=in_t, other=0.0)
+        m = tl.maximum(m, m_j)
+    s, e = tl.zeros((BLOCK_T,), tl.float32), tl.zeros((BLOCK_T,), tl.float32)
+    for j in range(0, num_tiles):
+        cell = tl.cast(j, tl.int64) * T + rows
+        shift = tl.load(max_ptr + cell, mask=in_t, other=0.0) - m
+        s_j = tl.load(sum_ptr + cell, mask=in_t, other=1.0)
+        s += s_j * tl.exp(shift)
+        if ENTROPY:
+            e_j = tl.load(ent_ptr + cell, mask=in_t, other=0.0)
+            e += tl.where(s_j * tl.exp(shift) > 0, tl.exp(shift) * (e_j + s_j * shift), 0.0)
+    z_y = tl.load(target_ptr + rows, mask=in_t, other=0.0)
+    lse = m + tl.log(s)
+    tl.store(lse_ptr + rows, lse, mask=in_t)
+    tl.store(logp_ptr + rows, tl.minimum((z_y - m) - tl.log(s), 0.0), mask=in_t)
+    if ENTROPY:
+        tl.store(entropy_ptr + rows, tl.log(s) - e / s, mask=in_t)
+        tl.store(correct_ptr + rows, z_y >= m, mask=in_t)
+    if ANCHORED:
+        far = in_t & (lse - tl.load(c_ptr + rows, mask=in_t, other=0.0) > limit)
+        tl.store(c_ptr + rows, lse, mask=far)
+        tl.store(active_ptr + tl.program_id(0), tl.max(far.to(tl.int32), 0))
+
+
+@triton.jit
+def anchor_kernel(
+    x_TH, w_VH, y_ptr, bias_ptr, c_ptr, T, H, x_stride, w_stride, logit_scale, softcap,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """One dot product of length H per token: 1 / V of a logits matmul."""
+    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    in_t = rows < T
+    y = tl.load(y_ptr + rows, mask=in_t, other=0).to(tl.int64)
+    z = tl.zeros((BLOCK_T,), tl.float32)
+    for h in range(0, H, BLOCK_H):
+        cols = h + tl.arange(0, BLOCK_H)
+        inside = in_t[:, None] & (cols < H)[None, :]
+        x_rows = rows.to(tl.int64)[:, None] * x_stride
+        x = tl.load(x_TH + x_rows + cols[None, :], mask=inside, other=0.0)
+        w = tl.load(w_VH + y[:, None] * w_stride + cols[None, :], mask=inside, other=0.0)
+        z += tl.sum(x.to(tl.float32) * w.to(tl.float32), 1)
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + y, mask=in_t, other=0.0).to(tl.float32)
+    z, _ = apply_head(z, bias, logit_scale, softcap, HAS_SOFTCAP)
+    tl.store(c_ptr + rows, z, mask=in_t)
+
+
+@triton.jit
+def patch_kernel(
+    slab_TV, x_TH, xs_TH, y_ptr, weight_ptr, target_ptr, pm1_ptr, lse_ptr, c_ptr, scale_ptr,
+    T, H, x_stride, xs_stride, slab_stride, softcap,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """See weighted.py: g_ty becomes Z (p - 1) slope with Z = exp(lse - c), the row's scale is
+    s = -weight / Z, xs = s x. pm1 = p - 1. Padding rows of xs need no zeros: the slab has them."""
+    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    in_t = rows < T
+    c = tl.load(c_ptr + rows, mask=in_t, other=0.0)
+    total = tl.exp(tl.load(lse_ptr + rows, mask=in_t, other=0.0) - c)
+    slope = 1.0
+    if HAS_SOFTCAP:
+        tanh = tl.load(target_ptr + rows, mask=in_t, other=0.0) / softcap
+        slope = 1.0 - tanh * tanh
+    g_y = total * tl.load(pm1_ptr + rows, mask=in_t, other=0.0) * slope
+    y = tl.load(y_ptr + rows, mask=in_t, other=0)
+    cell = rows.to(tl.int64) * slab_stride + y
+    tl.store(slab_TV + cell, g_y.to(slab_TV.dtype.element_ty), mask=in_t)
+    scale = -tl.load(weight_ptr + rows, mask=in_t, other=0.0) / total
+    tl.store(scale_ptr + rows, scale, mask=in_t)
+    for h in range(0, H, BLOCK_H):
+        cols = h + tl.arange(0, BLOCK_H)
+        inside = in_t[:, None] & (cols < H)[None, :]
+        x_rows = rows.to(tl.int64)[:, None]
+        x = tl.load(x_TH + x_rows * x_stride + cols[None, :], mask=inside, other=0.0)
+        xs = x.to(tl.float32) * scale[:, None]
+        tl.store(xs_TH + x_rows * xs_stride + cols[None, :], xs.to(x.dtype), mask=inside)
+
+
+@triton.jit
+def column_kernel(
+    slab_TV, scale_ptr, acc_ptr, T, num_v, slab_stride,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    """acc_v += sum_t s_t g_tv, one program per BLOCK_V columns (the bias's gradient)."""
+    cols = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    in_v = cols < num_v
+    total = tl.load(acc_ptr + cols, mask=in_v, other=0.0)
+    for t in range(0, T, BLOCK_T):
+        rows = t + tl.arange(0, BLOCK_T)
+        inside = (rows < T)[:, None] & in_v[None, :]
+        cell = rows.to(tl.int64)[:, None] * slab_stride + cols[None, :]
+        g = tl.load(slab_TV + cell, mask=inside, other=0.0).to(tl.float32)
+        if HAS_SCALE:
+            g = g * tl.load(scale_ptr + rows, mask=rows < T, other=0.0)[:, None]
+        total += tl.sum(g, 0)
+    tl.store(acc_ptr + cols, total, mask=in_v)

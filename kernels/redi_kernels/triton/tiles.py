@@ -1,0 +1,59 @@
+"""Device functions the kernels share: which tile is next, how a tile is read, what the head does.
+
+Shapes: T tokens, V vocabulary, H hidden. Every matrix is row-major with unit column stride.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def swizzle(tile, num_m, num_n, GROUP_M: tl.constexpr):
+    """Tile number -> (row block, column block): down a group of GROUP_M rows, then one column on.
+
+    Programs that run together then share GROUP_M blocks of the left operand, which stay in L2
+    while the right operand streams past: it is read num_m / GROUP_M times instead of num_m.
+    """
+    tiles_per_group = GROUP_M * num_n
+    first_m = (tile // tiles_per_group) * GROUP_M
+    rows = tl.minimum(num_m - first_m, GROUP_M)
+    local = tile % tiles_per_group
+    return first_m + local % rows, local // rows
+
+
+@triton.jit
+def load_tile(
+    ref, stride, row, col, num_rows, num_cols,
+    ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr, EVEN_COLS: tl.constexpr,
+):  # fmt: skip
+    """`ref[row : row + ROWS, col : col + COLS]`; columns past the end read as zero.
+
+    Rows past the end are zero (TMA) or repeat the last row (pointers): callers either mask the
+    result or multiply those rows by zeros, which saves a mask in every inner loop.
+    """
+    if TMA:
+        return ref.load([row, col])
+    else:
+        rows = tl.minimum(row + tl.arange(0, ROWS), num_rows - 1).to(tl.int64)
+        cols = col + tl.arange(0, COLS)
+        offsets = rows[:, None] * stride + cols[None, :]
+        if EVEN_COLS:
+            return tl.load(ref + offsets)
+        else:
+            return tl.load(ref + offsets, mask=(cols < num_cols)[None, :], other=0.0)
+
+
+@triton.jit
+def apply_head(z, bias, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Raw products -> (logits, d logit / d capped argument). bias broadcasts against z.
+
+    z = softcap * tanh((x.w * logit_scale + bias) / softcap). With e = exp(-2|a|), tanh|a| =
+    (1 - e) / (1 + e) and 1 - tanh^2 = 4 e / (1 + e)^2: neither overflows nor cancels at the ends.
+    """
+    z = z * logit_scale + bias
+    slope = 1.0
+    if HAS_SOFTCAP:
+        e = tl.exp(-2.0 * tl.abs(z) / softcap)
+        z = softcap * tl.where(z < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
+        slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
+    return z, slope

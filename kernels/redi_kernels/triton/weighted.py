@@ -1,0 +1,109 @@
+"""Gradient of sum_t weight_t logp_t, made in the forward: 3 U (logits, dX, dW), no recomputation.
+
+Per chunk of tokens all of d(logits) = weight (onehot - softmax) is needed before any of it can be
+used, and softmax needs lse, known only at the end of the logits matmul. Keeping the logits in bf16
+until then would cost 2^-9 |z| in every exponent; a second pass over the slab would cost 4 bytes per
+element. Neither is needed. Let c_t be any number near lse_t, and store
+
+    g_tv = exp(z_tv - c_t)                      bf16 keeps 2^-9 *relative* precision at any size
+    Z_t  = sum_v g_tv = exp(lse_t - c_t)        in fp32, from the statistics of the same matmul
+    s_t  = -weight_t / Z_t
+
+Then softmax = g / Z, and with one element per row patched in fp32, g_ty = Z_t (p_y - 1),
+d(logits)_tv = s_t g_tv: a row scale, which commutes with both matmuls.
+
+    dX_t = s_t sum_v g_tv W_v                   scaled in the epilogue
+    dW_v = sum_t g_tv (s_t x_t)                 x scaled beforehand, T H elements
+
+c_t is the target's own logit, one dot product, below lse by exactly the token's negative log
+likelihood: exp(z - c) stays in range for any token likelier than exp(-LIMIT). Row blocks with an
+unlikelier one are done again with c = lse, which the device decides by itself, without a sync.
+
+Traffic per chunk of C tokens: slab 6 C V bytes, and dW's fp32 accumulator 8 V H bytes: the chunk
+should be long. At C = 1152 (slab 350 MB, V = 152k, H = 1536) the accumulator moves 1.9 GB per 1.6
+TFLOP: 0.62 ms of HBM time beside 2.0 ms of matmuls, overlapped when two programs share an SM.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from redi_kernels.triton import launch, reduce
+from redi_kernels.triton.launch import Problem, Slab, Statistics
+from redi_kernels.triton.primitive import finish, running_sum, zero_gradients
+
+LIMIT = 40.0  # exp(40) = 2e17: far inside the range of fp32 and bf16, scaled by any sane weight
+
+
+def weighted(
+    problem: Problem, weight_T: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(logp_T, dx_TH, dw_VH, db_V); None where not needed."""
+    p, config = problem, problem.config
+    T, V, H = p.sizes
+    if T == 0:
+        return p.new(0), *zero_gradients(p, needs)
+    needs_x, needs_w, needs_bias = needs
+    per_chunk = chunk_tokens(p)
+    logp_T = p.new(T)
+    dx_TH = p.new(T, H, dtype=p.x_TH.dtype) if needs_x else None
+    dw_VH = p.new(V, H, dtype=p.w_VH.dtype) if needs_w else None
+    acc_VH = running_sum(dw_VH, num_pieces=triton.cdiv(T, per_chunk))
+    db_V = torch.zeros_like(p.bias_V, dtype=torch.float32) if needs_bias else None
+    for first in range(0, T, per_chunk):
+        chunk = p.chunk(first, first + per_chunk)
+        num_t = chunk.sizes[0]
+        is_first, is_last = first == 0, first + num_t == T
+        rows = slice(first, first + num_t)
+        slab_TV, scale_T, xs_TH = scaled_softmax(chunk, weight_T[rows], logp_T[rows])
+        if dx_TH is not None:
+            launch.matmul(
+                config, config.dx, slab_TV, p.w_VH, dx_TH[rows], transposed=False, num_k=V,
+                scale_M=scale_T, alpha=p.logit_scale,
+            )  # fmt: skip
+        if dw_VH is not None:
+            launch.matmul(
+                config, config.dw, slab_TV, xs_TH, dw_VH if is_last else acc_VH, transposed=True,
+                num_k=num_t, alpha=p.logit_scale, acc_MN=None if is_first else acc_VH,
+            )  # fmt: skip
+        if db_V is not None:
+            launch.column_sum(slab_TV, scale_T, db_V, num_t)
+    return logp_T, dx_TH, dw_VH, db_V.to(p.bias_V.dtype) if db_V is not None else None
+
+
+def scaled_softmax(
+    chunk: Problem, weight_T: Tensor, logp_T: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Slab g, row scales s and s * x of one chunk; fills logp_T."""
+    T, V, H = chunk.sizes
+    config, x = chunk.config, chunk.x_TH
+    has_softcap, softcap = chunk.softcap is not None, chunk.softcap or 0.0
+    block_t, block_h = 16, 128
+    grid = (triton.cdiv(T, block_t),)
+
+    c_T, lse_T, scale_T = chunk.new(T), chunk.new(T), chunk.new(T)
+    reduce.anchor_kernel[grid](
+        x, chunk.w_VH, chunk.y_T, chunk.bias_V, c_T, T, H, x.stride(0), chunk.w_VH.stride(0),
+        chunk.logit_scale, softcap, BLOCK_T=block_t, BLOCK_H=block_h,
+        HAS_BIAS=chunk.bias_V is not None, HAS_SOFTCAP=has_softcap,
+    )  # fmt: skip
+    slab_TV, stats = chunk.slab(V), Statistics.empty(chunk, entropy=False)
+    launch.logits(chunk, stats, Slab(slab_TV, c_T))
+    active = chunk.new(triton.cdiv(T, config.logits.m), dtype=torch.int32)
+    finish(chunk, stats, logp_T, lse_T, c_T=c_T, active=active, limit=LIMIT)
+    launch.logits(chunk, slab=Slab(slab_TV, c_T, active=active))
+    xs_TH, pm1_T = torch.empty_like(x), logp_T.expm1()
+    reduce.patch_kernel[grid](
+        slab_TV, x, xs_TH, chunk.y_T, weight_T, stats.target_T, pm1_T, lse_T, c_T, scale_T,
+        T, H, x.stride(0), xs_TH.stride(0), slab_TV.stride(0), softcap,
+        BLOCK_T=block_t, BLOCK_H=block_h, HAS_SOFTCAP=has_softcap,
+    )  # fmt: skip
+    return slab_TV, scale_T, xs_TH
+
+
+def chunk_tokens(problem: Problem) -> int:
+    """Tokens per chunk: a slab over the whole vocabulary within `slab_bytes`, in whole tiles."""
+    T, V, _ = problem.sizes
+    unit = problem.config.logits.m
+    fitting = problem.config.slab_bytes // (V * problem.x_TH.element_size()) // unit * unit
+    return min(max(fitting, unit), launch.padded(T, unit))
