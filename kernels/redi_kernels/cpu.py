@@ -62,7 +62,7 @@ def weighted(
     head: Head,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """logp_N and the gradients of sum(weight * logp) for (x, w, bias), where `needs` says so. 3 U."""
+    """logp_N and the gradients of sum(weight * logp) for what `needs` of (x, w, bias). 3 U."""
     N = len(x_NH)
     blocks = _Blocks(x_NH, w_VH, head)
     grads = _Gradients(x_NH, w_VH, blocks, needs)
@@ -101,7 +101,7 @@ def backward(
     blocks = _Blocks(x_NH, w_VH, head)
     grads = _Gradients(x_NH, w_VH, blocks, needs)
     dlogp_N, dlse_N = dlogp_N.to(blocks.acc), dlse_N.to(blocks.acc)
-    # d logp / dz = onehot - p, d lse / dz = p: `other` multiplies p, `target` is the target's column
+    # d logp / dz = onehot - p and d lse / dz = p: a factor of p, and the target's own column
     other_P = blocks.pad(dlse_N - dlogp_N)
     target_P = blocks.pad(dlse_N * logp_N.exp() - dlogp_N * logp_N.expm1())
     y_P, lse_P = blocks.pad(y_N), blocks.pad(lse_N)
@@ -117,7 +117,7 @@ def backward(
 
 
 class _Blocks:
-    """Iterates over (start, n, x_BH, z_BV): n tokens from `start`, padded to B, and their matmul."""
+    """Iterates over (start, n, x_nH, z_BV): n tokens from `start`, and their matmul padded to B."""
 
     def __init__(self, x_NH: Tensor, w_VH: Tensor, head: Head) -> None:
         self.x_NH, self.w_VH, self.head = x_NH, w_VH, head
@@ -129,9 +129,8 @@ class _Blocks:
         self.R = _power_of_two(GROUP_BYTES // (V * self.acc.itemsize), 1, self.B)
 
     def __iter__(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        N, H = self.x_NH.shape
         z_BV = self.x_NH.new_empty(self.B, len(self.w_VH))
-        for start in range(0, N, self.B):
+        for start in range(0, len(self.x_NH), self.B):
             x_BH = self.x_NH[start : start + self.B]
             n = len(x_BH)
             torch.mm(F.pad(x_BH, (0, 0, 0, self.B - n)), self.w_VH.T, out=z_BV)
@@ -145,8 +144,8 @@ class _Blocks:
         return F.pad(v_N, (0, -len(v_N) % self.B))
 
     def epilogue(self, z_RV: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Final logits of some rows in the accumulator's dtype, in place where that is the buffer's;
-        and d final / d (softcap's input), 1 - tanh^2, where there is a cap."""
+        """The logits of some rows in the accumulator's dtype, in place where the buffer has it;
+        and their derivative by the softcap's input, 1 - tanh^2, where there is a cap."""
         z_RV = z_RV.to(self.acc)
         if self.head.logit_scale != 1.0:
             z_RV.mul_(self.head.logit_scale)
@@ -160,7 +159,7 @@ class _Blocks:
 
 
 class _Gradients:
-    """dX, dW and db as blocks add to them: sums in the accumulator's dtype, rounded once at the end."""
+    """dX, dW, db as blocks add to them: sums in the accumulator's dtype, rounded once."""
 
     def __init__(
         self, x_NH: Tensor, w_VH: Tensor, blocks: _Blocks, needs: tuple[bool, bool, bool]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Head:
-    """z = softcap * tanh((logit_scale * x @ w.T + bias) / softcap); no cap when `softcap` is None."""
+    """z = softcap * tanh((logit_scale * x @ w.T + bias) / softcap); None means no cap."""
 
     bias_V: Tensor | None = None
     softcap: float | None = None
@@ -20,8 +20,8 @@ class Head:
 class LossHead(nn.Module):
     """Owns the LM head's weight, so that FSDP, DDP and ZeRO hooks fire around the loss.
 
-    A fused loss reads `lm_head.weight` without calling `lm_head`, so a sharded weight would still be
-    a shard. Put the parameter in here, wrap this module like any other, and call the loss through it:
+    A fused loss reads `lm_head.weight` without calling `lm_head`, so a sharded weight would still
+    be a shard. Put the parameter in here, wrap this module as any other, call the loss through it:
 
         head = LossHead(model.lm_head.weight)
         out = head(redi_loss, x_TH, y_T, cu_seqlens, is_chosen_S, alpha=0.8)
@@ -54,5 +54,5 @@ class LossHead(nn.Module):
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of log-probs and of sums over tokens or vocabulary: fp32, or fp64 for fp64 inputs."""
+    """The dtype of log-probs and of sums over tokens or vocabulary: fp32, fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from redi_kernels import reference
 from redi_kernels.head import Head, accumulator
@@ -65,9 +64,10 @@ def token_logprobs(
     Args:
         x_TH: hidden states [T, H], fp16, bf16, fp32 or fp64.
         w_VH: LM head [V, H] in the same dtype (under autocast both are cast, as in F.linear).
-        y_T: targets [T], int32 or int64: y[t] is the token that x[t] must predict, already shifted.
-        bias: [V], added to the logits. softcap: c tanh(z / c), as in Gemma 2. logit_scale: factor on
-            x @ w.T (1 / temperature).
+        y_T: targets [T], int32 or int64: y[t] is the token x[t] must predict, already shifted.
+        bias: [V], added to the logits.
+        softcap: c in c tanh(z / c), as in Gemma 2.
+        logit_scale: factor on x @ w.T (1 / temperature).
         ignore_index: tokens with this target cost no matmul and get exactly zero gradient.
         tolerance: 0, exact. Nothing else is implemented yet.
         backend: None picks triton on CUDA, blocked torch ("cpu") elsewhere; "reference" is the
@@ -88,8 +88,9 @@ def weighted_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """(sum(weight * logp), logp_T detached): the fused path, for weights known before the forward.
 
-    `weight_T` [T] is a constant: it gets no gradient. 3 U in the forward where a gradient is needed,
-    1 U where none is; the backward multiplies by one scalar. Options as in `token_logprobs`.
+    `weight_T` [T] is a constant: it gets no gradient. 3 U in the forward where a gradient is
+    needed, 1 U where none is; the backward multiplies by one scalar.
+    Options as in `token_logprobs`.
     """
     checked = check(x_TH, w_VH, y_T, bias, **options)
     x_TH, w_VH = checked.cast(x_TH, w_VH)
@@ -120,12 +121,12 @@ def sequence_logprobs(
     """
     check_cu_seqlens(cu_seqlens, len(logp_T), logp_T.device)
     valid_T = torch.ones_like(logp_T) if y_T is None else (y_T != ignore_index).to(logp_T.dtype)
-    length_S = _segment_sum(valid_T, cu_seqlens).long()
-    sum_S = _segment_sum(logp_T, cu_seqlens)
+    length_S = segment_sum(valid_T, cu_seqlens).long()
+    sum_S = segment_sum(logp_T, cu_seqlens)
     return SequenceLogProbs(sum_S, sum_S / length_S.clamp(min=1), length_S)
 
 
-def _segment_sum(v_T: Tensor, cu_seqlens: Tensor) -> Tensor:
+def segment_sum(v_T: Tensor, cu_seqlens: Tensor) -> Tensor:
     wide = v_T if v_T.device.type == "mps" else v_T.double()  # MPS has no fp64
     sum_S = torch.segment_reduce(wide, "sum", offsets=cu_seqlens.long(), initial=0)
     return sum_S.to(v_T.dtype)
@@ -166,8 +167,8 @@ def check(
     for name, t in tensors.items():
         if t is not None and hasattr(t, "device_mesh"):
             raise TypeError(
-                f"{name} is a DTensor: the loss needs whole, local tensors. Call it inside the module "
-                "that owns the weight (LossHead under fully_shard), or pass full_tensor()."
+                f"{name} is a DTensor: the loss needs whole, local tensors. Call it inside the "
+                "module that owns the weight (LossHead under fully_shard), or pass full_tensor()."
             )
         if t is not None and t.device != x_TH.device:
             raise ValueError(f"{name} is on {t.device}, x_TH on {x_TH.device}")
@@ -254,8 +255,8 @@ class _TokenLogProbs(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dlogp_T: Tensor, dlse_T: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        _refuse_double_backward()
         x_TH, w_VH, bias, y_T, logp_T, lse_T = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         grads = torch.ops.redi_kernels.logprobs_backward(
@@ -276,26 +277,41 @@ class _WeightedSum(torch.autograd.Function):
         options: Options,
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor]:
-        logp_T, *grads = torch.ops.redi_kernels.weighted(
+        total, logp_T, *grads = torch.ops.redi_kernels.weighted(
             x_TH, w_VH, y_T, weight_T, bias, *options.args(), *needs
         )
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(logp_T)
         ctx.needs = needs
-        return (weight_T * logp_T).sum(), logp_T
+        return total, logp_T
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dtotal: Tensor, _: Tensor) -> tuple[Any, ...]:
+        _refuse_double_backward()
         grads = zip(ctx.saved_tensors, ctx.needs, strict=True)
         return *(_scaled(g, dtotal) if need else None for g, need in grads), *[None] * 4
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad * factor; no copy of a [V, H] gradient where the factor is 1 and looking is free."""
-    if not torch.compiler.is_compiling() and factor.device.type == "cpu" and factor == 1:
+    """grad * factor with one rounding and, where the graph is not kept, no second [V, H] tensor."""
+    factor = factor.reshape(1)  # a 0-dim tensor would first be rounded to bf16, for all alike
+    if torch.compiler.is_compiling():
+        return (grad * factor).to(grad.dtype)
+    if factor.device.type == "cpu" and factor == 1:
         return grad
-    return grad * factor.to(grad.dtype)
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        grad = grad.clone()
+    for rows in grad.split(4096):  # on CPU the wider product is a temporary
+        rows.mul_(factor)
+    return grad
+
+
+def _refuse_double_backward() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "redi_kernels' losses can be differentiated once: no create_graph=True. "
+            'backend="reference" can be differentiated any number of times.'
+        )
 
 
 # ------------------------------------------------------------------------------- custom operators
@@ -342,7 +358,7 @@ def _logprobs_backward(
     "redi_kernels::weighted",
     mutates_args=(),
     schema=f"(Tensor x, Tensor w, Tensor y, Tensor weight, {_HEAD}, {_NEEDS})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _weighted(
     x_TH, w_VH, y_T, weight_T, bias, softcap, logit_scale, ignore_index, backend,
@@ -355,7 +371,8 @@ def _weighted(
         logp_N, *grads = _load(backend).weighted(
             valid.take(x_TH), w_VH, valid.y_N, valid.take(weight_T), head, needs
         )
-        return valid.put(logp_N), *_gradients(valid, x_TH, bias, *grads)
+        logp_T = valid.put(logp_N)
+        return (weight_T * logp_T).sum(), logp_T, *_gradients(valid, x_TH, bias, *grads)
 
 
 @_logprobs.register_fake
@@ -377,7 +394,7 @@ def _(x_TH, w_VH, *args):
 @_weighted.register_fake
 def _(x_TH, w_VH, *args):
     logp_T = x_TH.new_empty(len(x_TH), dtype=accumulator(x_TH.dtype))
-    return logp_T, *_fake_gradients(x_TH, w_VH, args[2], args[-3:])
+    return logp_T.new_empty(()), logp_T, *_fake_gradients(x_TH, w_VH, args[2], args[-3:])
 
 
 def _fake_gradients(x_TH, w_VH, bias, needs):
@@ -411,7 +428,7 @@ class _Valid:
 
 
 def _gradients(valid, x_TH, bias, dx_NH, dw_VH, db_V):
-    """Custom operators return tensors, never None: an empty one stands for a gradient not asked for."""
+    """An empty tensor stands for a gradient not asked for: operators cannot return None."""
     return (
         x_TH.new_empty(0) if dx_NH is None else valid.put(dx_NH),
         x_TH.new_empty(0) if dw_VH is None else dw_VH,

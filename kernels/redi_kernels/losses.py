@@ -14,6 +14,7 @@ from torch import Tensor
 from redi_kernels.head import accumulator
 from redi_kernels.logprobs import (
     check_cu_seqlens,
+    segment_sum,
     sequence_logprobs,
     token_logprobs,
     weighted_logprobs,
@@ -81,11 +82,11 @@ def redi_loss(
     one = x_TH.new_ones((), dtype=accumulator(x_TH.dtype))
     sign_S = torch.where(is_chosen_S, -one / num_chosen, alpha * one / num_rejected)
     valid_T = y_T != options.get("ignore_index", -100)
-    lengths_S = sequence_logprobs(valid_T.float(), cu_seqlens).sum_S.long()
+    lengths_S = segment_sum(valid_T.float(), cu_seqlens).long()
     weight_S = sign_S / lengths_S.clamp(min=1)
     weight_T = torch.repeat_interleave(weight_S, cu_seqlens.diff(), output_size=len(x_TH))
     loss, logp_T = weighted_logprobs(x_TH, w_VH, y_T, weight_T, bias, **options)
-    return RediOutput(loss, sequence_logprobs(logp_T, cu_seqlens).sum_S, lengths_S)
+    return RediOutput(loss, segment_sum(logp_T, cu_seqlens), lengths_S)
 
 
 def sft_loss(
@@ -100,7 +101,7 @@ def sft_loss(
 ) -> SftOutput:
     """Cross-entropy, mean over valid tokens: -1/num_tokens sum logp. Fused: 3 U.
 
-    `num_tokens` is the number of valid targets in the whole optimizer step (this call's by default);
+    `num_tokens`: valid targets in the whole optimizer step, this call's own by default.
     `cu_seqlens` only adds per-sequence sums to the result. The rest as in `token_logprobs`.
     """
     valid_T = y_T != options.get("ignore_index", -100)

@@ -3,6 +3,8 @@
 Tests and docs compare everything else with this file in fp64. Nothing here is meant to be fast.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,7 +49,7 @@ def sequence_means(
     """Mean log-prob of each sequence's valid targets; 0 for a sequence that has none."""
     bounds = cu_seqlens.tolist()
     means = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         length = int((y_T[start:end] != ignore_index).sum())
         means.append(logp_T[start:end].sum() / max(length, 1))
     return torch.stack(means) if means else logp_T.new_zeros(0)
@@ -64,7 +66,7 @@ def redi_loss(
     head: Head | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """REDI (arXiv 2505.24850): -mean(chosen) + alpha * mean(rejected) of length-normalised log-probs."""
+    """REDI (arXiv 2505.24850): -mean over chosen + alpha * mean over rejected of logp(y) / |y|."""
     logp_T = token_logprobs(x_TH, w_VH, y_T, head, ignore_index=ignore_index)[0]
     mean_S = sequence_means(logp_T, y_T, cu_seqlens, ignore_index=ignore_index)
     chosen, rejected = mean_S[is_chosen_S], mean_S[~is_chosen_S]
@@ -85,7 +87,7 @@ def sft_loss(
 
 
 def dpo_loss(chosen: Tensor, rejected: Tensor, ref_gap: Tensor, *, beta: float = 0.1) -> Tensor:
-    """DPO (arXiv 2305.18290) from per-pair sums; `ref_gap` is the reference model's chosen - rejected."""
+    """DPO (arXiv 2305.18290) from per-pair sums; `ref_gap`: the reference's chosen - rejected."""
     return -F.logsigmoid(beta * (chosen - rejected - ref_gap)).mean()
 
 
