@@ -40,7 +40,7 @@ def quick_verdict(given: str, expected: str) -> Verdict | None:
     Numbers may have thousands separators, dollar signs, a final period, and a percent sign if both
     have it (whether 50% is 50 or 0.5 is left to math-verify).
     """
-    a, b = given.translate(_NOISE), expected.translate(_NOISE)
+    a, b = (text.replace("\\$", "").translate(_NOISE) for text in (given, expected))
     if a == b and a:
         return "correct"
     if a.endswith("%") and b.endswith("%"):

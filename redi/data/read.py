@@ -20,6 +20,7 @@ Prompt: TypeAlias = str | list[Message]  # plain text, or chat messages for the 
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 PROBLEM_COLUMNS = ("problem", "prompt", "question")
+READY_COLUMNS = ("chosen", "rejected", "completion", "messages")
 # Where each judge's verdicts stand: inside `correctness` (OpenR1-Math-Raw) or flat (-220k, plain).
 JUDGE_COLUMNS = {
     "llama": ("llama_verification", "correctness_llama"),
@@ -76,12 +77,16 @@ def find_files(path: str | Path) -> list[Path]:
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (where, row) over all files of `path`; `where` is "name.jsonl line 12", from 1.
+    """Yields (where, row) over all files of `path`; `where` is "name.jsonl line 12", from 1, and
+    unique within the call.
 
     Raises RediError for a missing file, a line that is not a JSON object, a broken archive.
     """
     for file in find_files(path):
-        yield from _read_parquet(file) if file.suffix == ".parquet" else _read_jsonl(file)
+        name = file.name if file == Path(path) else str(file)
+        if Path(path).is_dir():
+            name = file.relative_to(path).as_posix()
+        yield from (_read_parquet if file.suffix == ".parquet" else _read_jsonl)(file, name)
 
 
 def read_problems(path: str | Path) -> Iterator[Problem]:
@@ -100,6 +105,12 @@ def read_examples(path: str | Path) -> list[Example]:
     if not examples:
         raise RediError(f"{path}: no rows")
     return examples
+
+
+def to_item(row: dict[str, Any], where: str) -> Problem | Example:
+    """A row of either kind. Raises RediError for a row of neither."""
+    is_raw = _column(row, where, "generations", *READY_COLUMNS) == "generations"
+    return to_problem(row, where) if is_raw else to_example(row, where)
 
 
 def to_problem(row: dict[str, Any], where: str) -> Problem:
@@ -140,7 +151,7 @@ def to_example(row: dict[str, Any], where: str) -> Example:
             f"{where}: raw generations; run `redi data build` and use its positives.parquet or "
             "pairs.parquet"
         )
-    column = _column(row, where, "chosen", "rejected", "completion", "messages")
+    column = _column(row, where, *READY_COLUMNS)
     if column in ("chosen", "rejected"):
         sides = {key: _conversation(row.get(key), where, key) for key in ("chosen", "rejected")}
     else:
@@ -275,13 +286,13 @@ def _source(row: dict[str, Any]) -> str | None:
     return None if row.get("source") is None else str(row["source"])
 
 
-def _read_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_jsonl(file: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield f"{file.name} line {number}", _parse(line, f"{file} line {number}")
+                    yield f"{name} line {number}", _parse(line, f"{file} line {number}")
     except (OSError, EOFError) as error:
         raise RediError(f"{file} after line {number}: cannot be read: {error}") from None
 
@@ -298,7 +309,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
-def _read_parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_parquet(file: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -308,6 +319,6 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             for batch in table.iter_batches(batch_size=256):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{file.name} row {number}", row
+                    yield f"{name} row {number}", row
     except (OSError, pa.ArrowException) as error:
         raise RediError(f"{file} after row {number}: cannot be read: {error}") from None

@@ -190,17 +190,22 @@ def tokenize_examples(
             trace = Trace(np.array(ids, dtype=np.int32), num_prompt_tokens, is_chosen, i)
             traces[i].append(trace)
         for i, example in chunk:
-            reason = _reason_to_drop(example, traces[i], max_length, max_prompt_length)
+            texts = [text for text in (example.chosen, example.rejected) if text is not None]
+            reasons = [None if text.strip() else "empty completion" for text in texts] + [
+                over_limit(len(t.input_ids), t.num_prompt_tokens, max_length, max_prompt_length)
+                for t in traces[i]
+            ]
+            reason = next(filter(None, reasons), None)
             if reason:
                 result.dropped.append(Dropped(example.id, reason))
             else:
                 result.traces.append(traces[i])
                 result.example_ids.append(example.id)
     if not result.traces:
-        reasons = Counter(dropped.reason for dropped in result.dropped)
+        counts = Counter(dropped.reason for dropped in result.dropped)
         raise RediError(
             f"no examples left of {len(examples)}: "
-            + "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+            + "; ".join(f"{count} {reason}" for reason, count in counts.most_common())
         )
     return result
 
@@ -217,14 +222,13 @@ def _encode(chat: ChatFormat, sides: list[tuple[Example, str]]) -> list[tuple[li
         raise
 
 
-def _reason_to_drop(
-    example: Example, traces: list[Trace], max_length: int | None, max_prompt_length: int | None
+def over_limit(
+    num_tokens: int, num_prompt_tokens: int, max_length: int | None, max_prompt_length: int | None
 ) -> str | None:
-    if any(text is not None and not text.strip() for text in (example.chosen, example.rejected)):
-        return "empty completion"
-    if max_prompt_length and any(t.num_prompt_tokens > max_prompt_length for t in traces):
+    """Why a trace is too long, or None."""
+    if max_prompt_length and num_prompt_tokens > max_prompt_length:
         return f"prompt longer than max_prompt_length {max_prompt_length}"
-    if max_length and any(len(t.input_ids) > max_length for t in traces):
+    if max_length and num_tokens > max_length:
         return f"longer than max_length {max_length}"
     return None
 
