@@ -130,8 +130,9 @@ class TrainConfig(Strict):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the exported weights; training weights are always float32"
     )
-    bf16: bool = Field(
-        True, description="compute in bfloat16 on CUDA (fp32 master weights either way)"
+    bf16: bool | None = Field(
+        None,
+        description="compute in bfloat16 over float32 master weights; default: on CUDA, not on CPU",
     )
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False

@@ -32,21 +32,24 @@ class PackedLM(nn.Module):
     it; tied embeddings, the head and the final norm belong to this outer module's shard group.
     """
 
-    def __init__(self, lm: nn.Module):
+    def __init__(self, lm: nn.Module, *, autocast: bool = False):
+        """`autocast`: compute in bfloat16 on a CPU (on CUDA the sharding policy casts)."""
         super().__init__()
         if not (hasattr(lm, "model") and hasattr(lm, "lm_head")):
             raise RediError(f"{type(lm).__name__}: need a causal LM with .model and .lm_head")
-        self.lm = lm
+        self.lm, self.autocast = lm, autocast
 
     def forward(self, pack: Pack, head: Head[Out]) -> Out:
-        x_1TH = self.lm.model(
-            input_ids=pack.input_ids_T[None],
-            position_ids=pack.position_ids_T[None],
-            use_cache=False,  # a cache would let traces see each other
-            cu_seqlens=pack.cu_seqlens,
-            seqlens=pack.seqlens,
-        ).last_hidden_state
-        return head(x_1TH[0], self.lm.lm_head.weight, pack, self.logit_options())
+        device_type = pack.input_ids_T.device.type
+        with torch.autocast(device_type, torch.bfloat16, enabled=self.autocast):
+            x_1TH = self.lm.model(
+                input_ids=pack.input_ids_T[None],
+                position_ids=pack.position_ids_T[None],
+                use_cache=False,  # a cache would let traces see each other
+                cu_seqlens=pack.cu_seqlens,
+                seqlens=pack.seqlens,
+            ).last_hidden_state
+            return head(x_1TH[0], self.lm.lm_head.weight, pack, self.logit_options())
 
     def logit_options(self) -> dict[str, Any]:
         """How this family shapes its logits, in `redi_kernels`' words."""
@@ -182,7 +185,8 @@ def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> Pa
             lm.activation_checkpointing_enable(non_reentrant)
         else:
             lm.gradient_checkpointing_enable(non_reentrant)
-    return PackedLM(lm).train()
+    autocast = bool(config.bf16) and torch.device(device).type == "cpu"
+    return PackedLM(lm, autocast=autocast).train()
 
 
 def export(

@@ -75,7 +75,7 @@ def train(
     output_dir.mkdir(parents=True, exist_ok=True)
 
     model = load_model(config, device=ranks.device)
-    distributed.shard(model, list(model.lm.model.layers), ranks, bf16=config.bf16)
+    distributed.shard(model, list(model.lm.model.layers), ranks, bf16=config.bf16 is not False)
     optimizer = make_optimizer(model, config)
     plan = Schedule(len(data.traces), config)
     state = TrainState(total_steps=plan.total_steps, output_dir=output_dir, name=name)
@@ -353,6 +353,8 @@ def finished(output_dir: Path, identity: dict) -> TrainResult | None:
 
 
 def _check_same_run(where: Path, saved: dict, wanted: dict) -> None:
+    # A field that a newer version added had its default's effect when `saved` was written.
+    saved = {k: f.default for k, f in TrainConfig.model_fields.items() if k in wanted} | saved
     differ = [k for k in {**saved, **wanted} if saved.get(k) != wanted.get(k)]
     if differ:
         key = differ[0]
