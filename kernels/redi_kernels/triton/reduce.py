@@ -23,7 +23,8 @@ def reduce_kernel(
     entropy = lse - sum p z = log s - (1/s) sum_j exp(m_j - m) (e_j + s_j (m_j - m)).
 
     ANCHORED: a row whose anchor c lies more than `limit` below lse gets c = lse and its block is
-    marked active, to be done again: exp(z - c) may have left the exponent range.
+    marked active, to be done again: exp(z - c) may have left the exponent range. In place of lse
+    comes lse - c = (m - c) + log s, whose rounding does not grow with the logits.
     """
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_t = rows < T
@@ -42,15 +43,17 @@ def reduce_kernel(
             e += tl.where(s_j * tl.exp(shift) > 0, tl.exp(shift) * (e_j + s_j * shift), 0.0)
     z_y = tl.load(target_ptr + rows, mask=in_t, other=0.0)
     lse = m + tl.log(s)
-    tl.store(lse_ptr + rows, lse, mask=in_t)
     tl.store(logp_ptr + rows, tl.minimum((z_y - m) - tl.log(s), 0.0), mask=in_t)
     if ENTROPY:
         tl.store(entropy_ptr + rows, tl.log(s) - e / s, mask=in_t)
         tl.store(correct_ptr + rows, z_y >= m, mask=in_t)
     if ANCHORED:
-        far = in_t & (lse - tl.load(c_ptr + rows, mask=in_t, other=0.0) > limit)
+        c = tl.load(c_ptr + rows, mask=in_t, other=0.0)
+        far = in_t & (lse - c > limit)
         tl.store(c_ptr + rows, lse, mask=far)
         tl.store(active_ptr + tl.program_id(0), tl.max(far.to(tl.int32), 0))
+        lse = (m - tl.where(far, lse, c)) + tl.log(s)
+    tl.store(lse_ptr + rows, lse, mask=in_t)
 
 
 @triton.jit
@@ -80,7 +83,7 @@ def anchor_kernel(
 
 @triton.jit
 def patch_kernel(
-    slab_TV, x_TH, xs_TH, y_ptr, weight_ptr, target_ptr, pm1_ptr, lse_ptr, c_ptr, scale_ptr,
+    slab_TV, x_TH, xs_TH, y_ptr, weight_ptr, target_ptr, pm1_ptr, log_z_ptr, scale_ptr,
     T, H, x_stride, xs_stride, slab_stride, softcap,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -88,8 +91,7 @@ def patch_kernel(
     s = -weight / Z, xs = s x. pm1 = p - 1. Padding rows of xs need no zeros: the slab has them."""
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_t = rows < T
-    c = tl.load(c_ptr + rows, mask=in_t, other=0.0)
-    total = tl.exp(tl.load(lse_ptr + rows, mask=in_t, other=0.0) - c)
+    total = tl.exp(tl.load(log_z_ptr + rows, mask=in_t, other=0.0))
     slope = 1.0
     if HAS_SOFTCAP:
         tanh = tl.load(target_ptr + rows, mask=in_t, other=0.0) / softcap

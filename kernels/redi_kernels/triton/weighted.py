@@ -81,7 +81,7 @@ def scaled_softmax(
     block_t, block_h = 16, 128
     grid = (triton.cdiv(T, block_t),)
 
-    c_T, lse_T, scale_T = chunk.new(T), chunk.new(T), chunk.new(T)
+    c_T, log_z_T, scale_T = chunk.new(T), chunk.new(T), chunk.new(T)
     reduce.anchor_kernel[grid](
         x, chunk.w_VH, chunk.y_T, chunk.bias_V, c_T, T, H, x.stride(0), chunk.w_VH.stride(0),
         chunk.logit_scale, softcap, BLOCK_T=block_t, BLOCK_H=block_h,
@@ -90,11 +90,11 @@ def scaled_softmax(
     slab_TV, stats = chunk.slab(V), Statistics.empty(chunk, entropy=False)
     launch.logits(chunk, stats, Slab(slab_TV, c_T))
     active = chunk.new(triton.cdiv(T, config.logits.m), dtype=torch.int32)
-    finish(chunk, stats, logp_T, lse_T, c_T=c_T, active=active, limit=LIMIT)
+    finish(chunk, stats, logp_T, log_z_T, c_T=c_T, active=active, limit=LIMIT)
     launch.logits(chunk, slab=Slab(slab_TV, c_T, active=active))
     xs_TH, pm1_T = torch.empty_like(x), logp_T.expm1()
     reduce.patch_kernel[grid](
-        slab_TV, x, xs_TH, chunk.y_T, weight_T, stats.target_T, pm1_T, lse_T, c_T, scale_T,
+        slab_TV, x, xs_TH, chunk.y_T, weight_T, stats.target_T, pm1_T, log_z_T, scale_T,
         T, H, x.stride(0), xs_TH.stride(0), slab_TV.stride(0), softcap,
         BLOCK_T=block_t, BLOCK_H=block_h, HAS_SOFTCAP=has_softcap,
     )  # fmt: skip
