@@ -2,8 +2,8 @@
 
     python bench/demo_seeds.py --seeds 1 2 3 4 --output_dir runs/seeds
 
-Every seed has its own problems, teacher traces, pretraining, SFT model, arms and samples, in its own
-folder. What is done is skipped, so the command can be interrupted and repeated.
+Every seed has its own problems, teacher traces, pretraining, SFT model, arms and samples, and its
+own folder. What is done is skipped, so the command can be interrupted and repeated.
 """
 
 import argparse
