@@ -78,7 +78,7 @@ def weighted(
             logp_R = (target_R - max_R) - sum_R.log()
             logp_P[p] = logp_R
             if any(needs):
-                # w (onehot - p), the target from its log-prob: 1 - p cancels where p -> 1
+                # weight (onehot - p); the target's 1 - p from its log-prob, before any rounding
                 g_RV = e_RV.mul_((-weight_P[p] / sum_R)[:, None])
                 _scatter(g_RV, y_P[p], -weight_P[p] * logp_R.expm1())
                 grads.add_rows(z_BV[r], g_RV, chain_RV)
@@ -102,15 +102,18 @@ def backward(
     grads = _Gradients(x_NH, w_VH, blocks, needs)
     dlogp_N, dlse_N = dlogp_N.to(blocks.acc), dlse_N.to(blocks.acc)
     # d logp / dz = onehot - p and d lse / dz = p: a factor of p, and the target's own column
-    other_P = blocks.pad(dlse_N - dlogp_N)
-    target_P = blocks.pad(dlse_N * logp_N.exp() - dlogp_N * logp_N.expm1())
-    y_P, lse_P = blocks.pad(y_N), blocks.pad(lse_N)
+    other_N = dlse_N - dlogp_N
+    target_N = dlse_N * logp_N.exp() - dlogp_N * logp_N.expm1()
     for start, n, x_BH, z_BV in blocks:
         for r in blocks.groups(n):
+            r = slice(r.start, min(r.stop, n))
             p = slice(start + r.start, start + r.stop)
             z_RV, chain_RV = blocks.epilogue(z_BV[r])
-            g_RV = z_RV.sub_(lse_P[p, None]).exp_().mul_(other_P[p, None])
-            _scatter(g_RV, y_P[p], target_P[p])
+            # a large lse is rounded coarsely, and p = exp(z - lse) with it; target - logp is not
+            lse_R = lse_N[p]
+            correction_R = (logp_N[p] - (_gather(z_RV, y_N[p]) - lse_R)).exp()
+            g_RV = z_RV.sub_(lse_R[:, None]).exp_().mul_((other_N[p] * correction_R)[:, None])
+            _scatter(g_RV, y_N[p], target_N[p])
             grads.add_rows(z_BV[r], g_RV, chain_RV)
         grads.add_block(start, n, x_BH, z_BV)
     return grads.result()
