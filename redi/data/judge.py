@@ -14,7 +14,7 @@ Verdict = Literal["correct", "wrong", "unparsable", "timeout"]
 
 MAX_CHARS = 4000  # of an answer, or of the end of a text that marks none; longer is no answer
 _MEMORY_LIMIT = 4 << 30  # bytes a worker may map: 9^9^9^9 must not take the machine down
-_BOX = re.compile(r"\\f?boxed\s*\{")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.S)  # \{ is no brace
 _LAST_LINE = re.compile(r"(?:^|\n)[ *]*(?:final )?a(?:nswer)?[ *]*:[ *]*([^\n]+)\s*\Z", re.I)
 _NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?:\.[0-9]*)?")

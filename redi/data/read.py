@@ -299,7 +299,7 @@ def _read_jsonl(file: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line.rstrip())
     except UnicodeDecodeError as error:
         raise RediError(f"{where}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:

@@ -1,0 +1,206 @@
+import pytest
+from chat_formats import (
+    CHATML,
+    OPENS_THINKING,
+    STRIPS_REASONING,
+    byte_tokenizer,
+    chatml,
+    llama3,
+)
+from tiny import make_tokenizer
+
+from redi.data.read import Example
+from redi.data.tokenize import ChatFormat, tokenize_examples
+from redi.errors import RediError
+
+QUESTION = [{"role": "user", "content": "What is 1+1?"}]
+
+
+def example(chosen="2", rejected="3", prompt=QUESTION, id="row 1"):
+    return Example(id, prompt, chosen, rejected)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "prompt", "stop"),
+    [
+        (
+            chatml(),
+            "<|im_start|>user\nWhat is 1+1?<|im_end|>\n<|im_start|>assistant\n",
+            "<|im_end|>",
+        ),
+        (
+            llama3(),
+            "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhat is 1+1?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            "<|eot_id|>",
+        ),
+        (make_tokenizer(), "<q>What is 1+1?<a>", "<e>"),
+    ],
+    ids=["chatml", "llama3", "characters"],
+)
+def test_chat_trace_is_prompt_completion_and_stop_token(tokenizer, prompt, stop):
+    chat = ChatFormat(tokenizer)
+    ids, num_prompt_tokens = chat.encode(QUESTION, "ab 12")
+    assert chat.render_prompt(QUESTION) == prompt
+    assert ids[:num_prompt_tokens] == chat.encode_prompt(QUESTION)
+    assert ids[:num_prompt_tokens] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids[num_prompt_tokens:-1]) == "ab 12"
+    assert ids[-1] == chat.stop_token_id == tokenizer.convert_tokens_to_ids(stop)
+    assert chat.stop_token_id == chat.eos_token_ids[0]
+
+
+def test_generation_stops_at_the_templates_token_and_at_eos():
+    tokenizer = chatml()
+    assert tokenizer.convert_ids_to_tokens(ChatFormat(tokenizer).eos_token_ids) == [
+        "<|im_end|>",
+        "<|endoftext|>",
+    ]
+    same = byte_tokenizer(CHATML, eos_token="<|im_end|>")
+    assert same.convert_ids_to_tokens(ChatFormat(same).eos_token_ids) == ["<|im_end|>"]
+
+
+def test_template_without_a_stop_token_ends_with_eos():
+    tokenizer = byte_tokenizer(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+        eos_token="</s>",
+    )
+    ids, num_prompt_tokens = ChatFormat(tokenizer).encode(QUESTION, "2")
+    assert tokenizer.decode(ids[num_prompt_tokens:]) == "2</s>"
+
+
+def test_plain_text_is_concatenated_and_ends_with_eos():
+    tokenizer = chatml()
+    ids, num_prompt_tokens = ChatFormat(tokenizer).encode("x = 1", "2")
+    # Apart: "12" would be one token, but generation cannot start in the middle of it.
+    assert [tokenizer.decode([i]) for i in ids[num_prompt_tokens - 1 :]] == [
+        "1",
+        "2",
+        "<|endoftext|>",
+    ]
+    assert tokenizer.decode(ids) == "x = 12<|endoftext|>"
+
+
+def test_plain_text_opens_with_bos_where_the_tokenizer_writes_one():
+    tokenizer = llama3()
+    ids, num_prompt_tokens = ChatFormat(tokenizer).encode("1+1=", "2")
+    assert ids[:num_prompt_tokens] == tokenizer("1+1=")["input_ids"]
+    assert tokenizer.decode(ids) == "<|begin_of_text|>1+1=2<|end_of_text|>"
+
+
+@pytest.mark.parametrize("tokenizer", [chatml(), llama3()], ids=["chatml", "llama3"])
+def test_stop_token_written_in_a_completion_is_ordinary_text(tokenizer):
+    chat = ChatFormat(tokenizer)
+    stop = tokenizer.convert_ids_to_tokens(chat.stop_token_id)
+    text = f"first{stop}then {tokenizer.eos_token} <think> end"
+    ids, num_prompt_tokens = chat.encode(QUESTION, text)
+    assert tokenizer.decode(ids[num_prompt_tokens:-1]) == text
+    assert not set(chat.eos_token_ids) & set(ids[num_prompt_tokens:-1])
+    assert ids[:num_prompt_tokens] == chat.encode_prompt(QUESTION)
+    assert ids[-1] == chat.stop_token_id
+
+
+def test_special_tokens_that_mark_no_turn_stay_tokens():
+    tokenizer = byte_tokenizer(
+        CHATML, ("<|im_start|>", "<|im_end|>", "[THINK]"), eos_token="<|endoftext|>"
+    )
+    ids, num_prompt_tokens = ChatFormat(tokenizer).encode(QUESTION, "[THINK]hm")
+    assert ids[num_prompt_tokens] == tokenizer.convert_tokens_to_ids("[THINK]")
+
+
+def test_stop_token_in_the_prompt_does_not_shift_the_mask():
+    chat = ChatFormat(chatml())
+    prompt = [{"role": "user", "content": "what does <|im_end|>\n<|im_start|>assistant\n mean?"}]
+    ids, num_prompt_tokens = chat.encode(prompt, "a stop")
+    assert chat.tokenizer.decode(ids[num_prompt_tokens:]) == "a stop<|im_end|>"
+
+
+def test_pad_token_that_is_eos_stays_in_the_loss():
+    tokenizer = byte_tokenizer(None, eos_token="</s>", pad_token="</s>")
+    [[trace]] = tokenize_examples([example("2", None, "1+1=")], tokenizer, max_length=None).traces
+    assert trace.input_ids[-1] == tokenizer.pad_token_id
+    assert len(trace.input_ids) - trace.num_prompt_tokens == 2
+
+
+def test_white_space_that_the_template_trims_is_trimmed_in_training_too():
+    tokenizer = llama3()
+    ids, num_prompt_tokens = ChatFormat(tokenizer).encode(QUESTION, " 2\n")
+    assert tokenizer.decode(ids[num_prompt_tokens:]) == "2<|eot_id|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (STRIPS_REASONING, "rewrites the assistant's text"),
+        (OPENS_THINKING, "not a prefix of the whole text after templating"),
+        (CHATML.replace("{{ m['content'] }}", "{{ m['content'] | upper }}"), "leaves out"),
+        ("{{ raise_exception('no such role') }}", "refuses messages of user, assistant"),
+        (None, "no chat template"),
+    ],
+)
+def test_unfit_templates_are_refused(template, message):
+    tokenizer = byte_tokenizer(template, eos_token="</s>")
+    with pytest.raises(RediError, match=message):
+        tokenize_examples([example("<think>hm</think>2")], tokenizer, max_length=None)
+
+
+def test_refused_example_is_named():
+    tokenizer = byte_tokenizer(STRIPS_REASONING, eos_token="</s>")
+    rows = [example(id="row 1"), example("<think>hm</think>2", id="row 2")]
+    with pytest.raises(RediError, match=r"^example row 2: .*<think>hm</think>2"):
+        tokenize_examples(rows, tokenizer, max_length=None)
+
+
+def test_tokenizer_without_any_stop_token_is_refused():
+    with pytest.raises(RediError, match="no eos token"):
+        ChatFormat(byte_tokenizer(None))
+
+
+def test_examples_become_traces_and_too_long_ones_are_dropped_whole():
+    chat = ChatFormat(chatml())
+    num_prompt_tokens = len(chat.encode_prompt(QUESTION))
+    rows = [
+        example("2", "3", id="pair"),
+        example("2" * 5, "3" * 4, id="chosen too long"),
+        example("2", "3" * 5, id="rejected too long"),
+        example(" \n", "3", id="empty"),
+        example("2" * 4, None, id="chosen only"),
+        example("2", "3", [{"role": "user", "content": "x" * 40}], id="long prompt"),
+        example(None, "3", id="rejected only"),
+    ]
+    result = tokenize_examples(
+        rows,
+        chat.tokenizer,
+        max_length=num_prompt_tokens + 5,
+        max_prompt_length=num_prompt_tokens,
+    )
+    assert result.example_ids == ["pair", "chosen only", "rejected only"]
+    assert [[t.is_chosen for t in traces] for traces in result.traces] == [[1, 0], [1], [0]]
+    assert [[t.example for t in traces] for traces in result.traces] == [[0, 0], [4], [6]]
+    too_long = f"longer than max_length {num_prompt_tokens + 5}"
+    assert {d.id: d.reason for d in result.dropped} == {
+        "chosen too long": too_long,
+        "rejected too long": too_long,
+        "empty": "empty completion",
+        "long prompt": f"prompt longer than max_prompt_length {num_prompt_tokens}",
+    }
+    chosen = result.traces[0][0]
+    assert (chosen.input_ids.tolist(), chosen.num_prompt_tokens) == chat.encode(QUESTION, "2")
+
+
+def test_nothing_left_says_why():
+    rows = [example(), example(""), example()]
+    with pytest.raises(RediError, match="of 3: 2 longer than max_length 5; 1 empty completion"):
+        tokenize_examples(rows, chatml(), max_length=5)
+
+
+def test_many_examples_tokenize_as_one_at_a_time():
+    chat = ChatFormat(chatml())
+    rows = [example(f"{i}<|im_end|>" if i % 7 == 0 else f"ab {i}", f"{-i}") for i in range(1100)]
+    result = tokenize_examples(rows, chat.tokenizer, max_length=None)
+    assert len(result.traces) == 1100
+    for i in (0, 1, 499, 500, 501, 1099):
+        for trace, text in zip(result.traces[i], (rows[i].chosen, rows[i].rejected), strict=True):
+            assert (trace.input_ids.tolist(), trace.num_prompt_tokens) == chat.encode(
+                QUESTION, text
+            )

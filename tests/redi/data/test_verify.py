@@ -1,0 +1,245 @@
+import os
+import subprocess
+import sys
+import time
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from redi.data import verify as verify_module
+from redi.data.judge import judge, quick_verdict
+from redi.data.verify import Verifier, extract_answer, verify
+from redi.errors import RediError
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"So \boxed{5}.", "5"),
+        (r"\boxed{4}, no: \boxed {\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\fbox{7}", "7"),
+        (r"\boxed{\left\{1, 2\right.}", r"\left\{1, 2\right."),  # \{ is no brace
+        (r"\boxed{a\\}b}", r"a\\"),
+        ("3+4=7;####14", "14"),
+        ("#### 1\nthen\n#### 14 \n", "14"),
+        ("4 eggs\nA: 18", "18"),
+        ("4 eggs\n**Final answer:** $18", "$18"),
+        (r"#### 3 and \boxed{4}", "4"),
+        ("A: 18\nAnd so on", None),
+        (r"cut off \boxed{12", None),
+        ("####", None),
+        ("It is 5.", None),
+        ("", None),
+    ],
+)
+def test_extract_answer(text, answer):
+    assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "verdict"),
+    [
+        ("5", "5", "correct"),
+        (r"\frac{1}{2}", r"\frac{1} {2}", "correct"),
+        ("1,234.50", "1234.5", "correct"),
+        ("$1,000.", "1000", "correct"),
+        (r"\$5", "5", "correct"),
+        ("+5", "5.000", "correct"),
+        (".5", "0.5", "correct"),
+        ("-5", "5", "wrong"),
+        ("50%", r"50\%", "correct"),
+        ("50%", "40%", "wrong"),
+        ("50%", "50", None),
+        ("50%", "0.5", None),
+        ("1,23", "123", None),
+        ("12,34", "1234", None),
+        ("1/2", "0.5", None),
+        ("0.333333", "0.3333333", None),
+        ("1e3", "1000", None),
+        ("٣", "3", None),
+        ("", "", None),
+        (".", "0", None),
+        ("9" * 41, "9", None),
+    ],
+)
+def test_quick_verdict(given, expected, verdict):
+    assert quick_verdict(given, expected) == verdict
+
+
+@given(st.decimals(-(10**9), 10**9, places=2), st.sampled_from(["{}", "${}", "{}$", " {} "]))
+def test_numbers_are_equal_however_they_are_written(number, form):
+    written = f"{number:,}"
+    assert quick_verdict(form.format(written), str(number)) == "correct"
+    assert quick_verdict(written, str(number + Decimal("0.01"))) == "wrong"
+
+
+@pytest.mark.parametrize("given", ["12", "-7", "1,234", "0.5", "3.25", "$15", "1000000", "007"])
+@pytest.mark.parametrize("expected", ["12", "7", "1234", "0.50", "15.0", "1,000,000", "3"])
+def test_quick_verdicts_are_math_verifys(given, expected):
+    assert quick_verdict(given, expected) == judge(f"\\boxed{{{given}}}", expected)
+
+
+def test_verify_with_math_verify():
+    cases = [
+        (r"\boxed{\frac12}", "0.5", "correct"),
+        (r"\boxed{50\%}", "0.5", "correct"),
+        (r"first \boxed{2} and \boxed{3}", "2,3", "correct"),
+        (r"\boxed{x^2+2x+1}", "(x+1)^2", "correct"),
+        (r"\boxed{\text{Monday}}", "Monday", "correct"),
+        (r"\boxed{Tuesday}", "Monday", "wrong"),
+        (r"\boxed{\frac13}", "$0.5$", "wrong"),
+        ("It is 5", "5", "correct"),
+        ("I give up.", "5", "unparsable"),
+        ("", "5", "unparsable"),
+        (r"\boxed{5}", "", "unparsable"),
+        ("#### " + "5x" * 5000, "5", "unparsable"),
+        ("x" * 100_000 + r"so \boxed{5}", "#### 5", "correct"),
+    ]
+    calls = []
+    verdicts = verify(
+        [text for text, _, _ in cases],
+        [answer for _, answer, _ in cases],
+        num_workers=2,
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    assert verdicts == [verdict for _, _, verdict in cases]
+    assert calls[-1] == (len(cases), len(cases)) and calls == sorted(calls)
+
+
+def test_no_process_when_no_algebra_is_needed(monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    texts = [f"3+4=7;####{i % 30}" for i in range(20_000)]
+    start = time.perf_counter()
+    verdicts = verify(texts, ["14"] * len(texts))
+    assert verdicts.count("correct") == sum(i % 30 == 14 for i in range(20_000))
+    assert set(verdicts) == {"correct", "wrong"}
+    assert time.perf_counter() - start < 2  # 0.1 s on a quiet machine
+
+
+def test_expression_that_hangs_sympy_times_out():
+    texts = [r"\boxed{9^{9^{9^9}}}", r"\boxed{\frac12}", r"\boxed{\frac13}"]
+    start = time.monotonic()
+    assert verify(texts, ["0.5"] * 3, timeout=1.0, num_workers=1) == ["timeout", "correct", "wrong"]
+    assert time.monotonic() - start < 30
+
+
+HOSTILE = """
+import os, pathlib, runpy, sys
+here = pathlib.Path(__file__).parent
+serve = runpy.run_path({judge!r})["serve"]
+
+def judge(text, answer):
+    with open(here / "calls", "a") as calls:
+        calls.write(answer + "\\n")
+    if "hang" in answer:
+        (here / "pid").write_text(str(os.getpid()))
+        (here / "hanging").touch()
+        pow(3, 10**10)  # inside C: no Python signal handler would run
+    if "die twice" in answer or ("die" in answer and not (here / "died").exists()):
+        (here / "died").touch()
+        os._exit(7)
+    if "noise" in answer:
+        print("correct")
+        os.write(1, b"correct\\n" * 9)
+    return "wrong"
+
+serve(judge)
+"""
+
+
+@pytest.fixture
+def hostile(tmp_path, monkeypatch):
+    script = tmp_path / "hostile.py"
+    script.write_text(HOSTILE.format(judge=str(verify_module.WORKER)))
+    monkeypatch.setattr(verify_module, "WORKER", script)
+    return tmp_path
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_bad_workers_lose_only_their_own_item(hostile, num_workers):
+    answers = ["a", "die once", "b", "hang", "die twice", "c", "noise", "d"]
+    with Verifier(num_workers=num_workers, timeout=1.0) as verifier:
+        verdicts = verifier.verify(["x"] * len(answers), answers)
+        processes = [worker._process for worker in verifier._started]
+    assert dict(zip(answers, verdicts, strict=True)) == {
+        "a": "wrong",
+        "die once": "wrong",
+        "b": "wrong",
+        "hang": "timeout",
+        "die twice": "unparsable",
+        "c": "wrong",
+        "noise": "wrong",
+        "d": "wrong",
+    }
+    calls = (hostile / "calls").read_text().splitlines()
+    assert [calls.count(a) for a in answers] == [
+        1,
+        2 if "die once" in calls else 1,
+        1,
+        1,
+        2,
+        1,
+        1,
+        1,
+    ]
+    assert all(process.returncode is not None for process in processes)
+
+
+def test_the_same_question_is_asked_once(hostile):
+    assert verify(["x", "x", "y", "x"], ["a", "a", "a", "b"], num_workers=1) == ["wrong"] * 4
+    assert sorted((hostile / "calls").read_text().split()) == ["1", "a", "a", "b"]  # "1": the start
+
+
+def test_workers_live_from_call_to_call(hostile):
+    with Verifier(num_workers=1) as verifier:
+        for answer in "abc":
+            assert verifier.verify(["x"], [answer]) == ["wrong"]
+        assert len(verifier._started) == 1
+
+
+def test_worker_of_a_killed_parent_ends_by_itself(hostile):
+    program = (
+        "import sys; from pathlib import Path; from redi.data import verify as v; "
+        "v.WORKER = Path(sys.argv[1]); v.verify(['x'], ['hang'], timeout=1.0, num_workers=1)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program, str(hostile / "hostile.py")])
+    until((hostile / "hanging").exists)
+    worker = int((hostile / "pid").read_text())
+    parent.kill()
+    parent.wait()
+    assert is_running(worker)
+    until(lambda: not is_running(worker))
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except ProcessLookupError:
+        return False
+    except FileNotFoundError:  # gone since, or no Linux
+        return not Path("/proc").exists()
+    return state != "Z"
+
+
+def until(condition, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_worker_that_does_not_start_is_reported(hostile):
+    (hostile / "hostile.py").write_text("raise ImportError('no sympy here')")
+    with pytest.raises(RediError, match=r"(?s)did not start: .*no sympy here"):
+        verify(["x"], ["a"])
+
+
+def test_missing_math_verify_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(verify_module, "find_spec", lambda name: None)
+    assert verify(["####5"], ["5"]) == ["correct"]
+    with pytest.raises(RediError, match=r'pip install "reinforcement-distillation\[data\]"'):
+        verify([r"\boxed{x}"], ["y"])

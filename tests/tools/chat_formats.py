@@ -1,0 +1,59 @@
+"""Byte-level tokenizers with the chat templates of real families, built in a moment."""
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+# As the templates of reasoning models do: earlier thoughts are not shown to the model again.
+STRIPS_REASONING = CHATML.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] }}")
+# The generation prompt opens a think block that the rendered turn does not have.
+OPENS_THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+
+
+def byte_tokenizer(
+    template: str | None,
+    special: tuple[str, ...] = ("<|im_start|>", "<|im_end|>"),
+    *,
+    adds_bos: bool = False,
+    **roles: str,
+) -> PreTrainedTokenizerFast:
+    """A BPE of bytes with three merges; `roles` such as eos_token="</s>" are special tokens too."""
+    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "12", "ab", "Ġa"]
+    merges = [("1", "2"), ("a", "b"), ("Ġ", "a")]
+    bpe = models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=merges)
+    backend = Tokenizer(bpe)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(dict.fromkeys((*special, *roles.values()))))
+    backend.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    if adds_bos:
+        bos = roles["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def chatml() -> PreTrainedTokenizerFast:
+    """As Qwen's base models: the chat's stop token is not eos, and pad is eos."""
+    return byte_tokenizer(CHATML, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+def llama3() -> PreTrainedTokenizerFast:
+    return byte_tokenizer(
+        LLAMA3,
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        adds_bos=True,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|end_of_text|>",
+    )
