@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from redi_kernels import reference
 from redi_kernels.head import Head, accumulator
@@ -207,7 +208,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, T: int, device: torch.device) -> None:
         )
     if cu_seqlens.device != device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, the tokens on {device}")
-    if torch.compiler.is_compiling() or cu_seqlens.device.type == "meta":
+    if not _has_values(cu_seqlens):
         return
     ends = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T) & (cu_seqlens.diff() >= 0).all()
     _require(ends, f"cu_seqlens must start at 0, never decrease and end at T = {T}")
@@ -228,6 +229,11 @@ def _compute_dtype(x_TH: Tensor, w_VH: Tensor) -> torch.dtype:
 def _has_kernels(x_TH: Tensor) -> bool:
     wide = x_TH.dtype == torch.float64
     return x_TH.is_cuda and not wide and importlib.util.find_spec("triton") is not None
+
+
+def _has_values(t: Tensor) -> bool:
+    """False while tracing and for tensors that are only a shape."""
+    return not (torch.compiler.is_compiling() or t.is_meta or isinstance(t, FakeTensor))
 
 
 def _require(condition: Tensor, message: str) -> None:
@@ -297,7 +303,7 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
     factor = factor.reshape(1)  # a 0-dim tensor would first be rounded to bf16, for all alike
     if torch.compiler.is_compiling():
         return (grad * factor).to(grad.dtype)
-    if factor.device.type == "cpu" and factor == 1:
+    if _has_values(factor) and factor.device.type == "cpu" and factor == 1:
         return grad
     if torch._C._autograd._get_current_graph_task_keep_graph():
         grad = grad.clone()

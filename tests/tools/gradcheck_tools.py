@@ -141,10 +141,12 @@ def check(problem: Problem, got: Result, factor: float = FACTOR) -> None:
 def _logp_complaints(problem: Problem, got: Result, truth: Result, dense: Result) -> Iterator[str]:
     if (got.logp_T > 0).any():
         yield "logp: above 0"
-    eps = torch.finfo(got.logp_T.dtype).eps
+    eps, eps_in = (torch.finfo(d).eps for d in (got.logp_T.dtype, problem.x_TH.dtype))
+    z_T = truth.logp_T + truth.lse_T  # few tokens: the dense error may be small by luck
+    luck = eps_in * z_T.norm() / max(int((problem.y_T >= 0).sum()), 1) ** 0.5
     for name in ("logp_T", "lse_T"):
         mine, exact, peer = (getattr(r, name).double().cpu() for r in (got, truth, dense))
-        allowed = 1.1 * (peer - exact).norm() + 4 * eps * (1 + exact.abs()).norm()
+        allowed = 1.1 * (peer - exact).norm() + 4 * eps * (1 + exact.abs()).norm() + luck
         if not (mine - exact).norm() <= allowed:
             yield f"{name}: error {(mine - exact).norm():.3g}, dense allows {allowed:.3g}"
 

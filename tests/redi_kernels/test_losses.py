@@ -1,0 +1,239 @@
+"""What the losses mean: identities of the paper's equation, packing, normalisation, options."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from redi_kernels import (
+    dpo_loss,
+    redi_loss,
+    reference,
+    sequence_logprobs,
+    sft_loss,
+    simpo_loss,
+    token_logprobs,
+)
+from torch import Tensor
+
+V, H = 61, 16
+LENGTHS = [5, 9, 1, 0, 12, 7]
+IS_CHOSEN = torch.tensor([True, False, True, False, False, True])
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """fp64 packed sequences whose first tokens are prompts; sequence 2 has no valid target."""
+    g = torch.Generator().manual_seed(0)
+    T = sum(LENGTHS)
+    x_TH = torch.randn(T, H, generator=g, dtype=torch.float64).requires_grad_()
+    w_VH = torch.randn(V, H, generator=g, dtype=torch.float64).requires_grad_()
+    y_T = torch.randint(V, (T,), generator=g)
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    y_T[0:2] = y_T[5:8] = -100
+    y_T[14] = -100
+    return x_TH, w_VH, y_T, cu_seqlens
+
+
+def gradients(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, inputs)
+
+
+def assert_same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
+def sequences_alone(batch) -> list[tuple[Tensor, Tensor]]:
+    """Each sequence's (log-probs of its valid targets, x grad slice bounds) by plain torch."""
+    x_TH, w_VH, y_T, cu = batch
+    out = []
+    for s, e in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
+        valid = y_T[s:e] >= 0
+        out.append(-F.cross_entropy((x_TH[s:e] @ w_VH.T)[valid], y_T[s:e][valid], reduction="none"))
+    return out
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8, 1.0])
+def test_redi_is_equation_5_of_the_paper(batch, alpha: float) -> None:
+    x_TH, w_VH, y_T, cu = batch
+    logps = sequences_alone(batch)
+    means = [lp.mean() if len(lp) else lp.sum() for lp in logps]
+    chosen = sum(m for m, c in zip(means, IS_CHOSEN, strict=True) if c) / int(IS_CHOSEN.sum())
+    rejected = sum(m for m, c in zip(means, IS_CHOSEN, strict=True) if not c)
+    want = -chosen + alpha * rejected / int((~IS_CHOSEN).sum())
+    out = redi_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN, alpha=alpha)
+    assert_same((out.loss,), (want,))
+    assert_same(gradients(out.loss, x_TH, w_VH), gradients(want, x_TH, w_VH))
+    assert_same((out.logps_S,), (torch.stack([lp.sum().detach() for lp in logps]),))
+    assert out.lengths_S.tolist() == [len(lp) for lp in logps]
+    truth = reference.redi_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN, alpha=alpha)
+    assert_same((out.loss,), (truth,))
+
+
+def test_alpha_zero_is_the_mean_of_per_sequence_nll(batch) -> None:
+    x_TH, w_VH, y_T, cu = batch
+    all_chosen = torch.ones(len(LENGTHS), dtype=torch.bool)
+    nll = [-lp.mean() if len(lp) else lp.sum() for lp in sequences_alone(batch)]
+    zero = redi_loss(x_TH, w_VH, y_T, cu, all_chosen, alpha=0.0)
+    assert_same((zero.loss,), (torch.stack(nll).mean(),))
+    some = redi_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN, alpha=0.0)
+    rejected_T = torch.repeat_interleave(~IS_CHOSEN, torch.tensor(LENGTHS))
+    dx_TH, _ = gradients(some.loss, x_TH, w_VH)
+    assert not dx_TH[rejected_T].any() and dx_TH.any()
+
+
+def test_rejected_term_is_minus_alpha_times_the_same_sequence_as_chosen(batch) -> None:
+    x_TH, w_VH, y_T, cu = batch
+    yes = torch.ones(len(LENGTHS), dtype=torch.bool)
+    as_chosen = redi_loss(x_TH, w_VH, y_T, cu, yes, alpha=0.3)
+    as_rejected = redi_loss(x_TH, w_VH, y_T, cu, ~yes, alpha=0.3)
+    want = [-0.3 * g for g in gradients(as_chosen.loss, x_TH, w_VH)]
+    assert_same(gradients(as_rejected.loss, x_TH, w_VH), tuple(want))
+    assert_same((as_rejected.loss,), (-0.3 * as_chosen.loss,))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.8])
+def test_fused_equals_primitive_with_plain_torch(batch, alpha: float) -> None:
+    x_TH, w_VH, y_T, cu = batch
+    options = {"softcap": 9.0, "logit_scale": 0.8, "bias": torch.randn(V, dtype=torch.float64)}
+    fused = redi_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN, alpha=alpha, **options)
+    logp_T = token_logprobs(x_TH, w_VH, y_T, **options).logp_T
+    mean_S = sequence_logprobs(logp_T, cu, y_T).mean_S
+    plain = -mean_S[IS_CHOSEN].mean() + alpha * mean_S[~IS_CHOSEN].mean()
+    assert_same((fused.loss,), (plain,))
+    assert_same(gradients(fused.loss, x_TH, w_VH), gradients(plain, x_TH, w_VH))
+
+
+@pytest.mark.parametrize("factor", [1.0, -2.5, 0.0, 1e-4])
+@pytest.mark.parametrize("keep_graph", [False, True])
+def test_upstream_gradient_scales(batch, factor: float, keep_graph: bool) -> None:
+    x_TH, w_VH, y_T, cu = batch
+    one = gradients(redi_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN).loss, x_TH, w_VH)
+    loss = redi_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN).loss * factor
+    for _ in range(1 + keep_graph):
+        got = torch.autograd.grad(loss, (x_TH, w_VH), retain_graph=keep_graph)
+        assert_same(got, tuple(factor * g for g in one))
+
+
+def test_any_split_and_order_of_a_batch_gives_the_same_gradient(batch) -> None:
+    x_TH, w_VH, y_T, cu = batch
+    whole = gradients(redi_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN).loss, x_TH, w_VH)
+    counts = {"num_chosen": int(IS_CHOSEN.sum()), "num_rejected": int((~IS_CHOSEN).sum())}
+    for order, cuts in (([5, 0, 3, 1, 4, 2], [1, 4]), ([2, 1, 0, 4, 3, 5], [3]), (range(6), [])):
+        dx_TH, dw_VH, total = torch.zeros_like(x_TH), torch.zeros_like(w_VH), 0.0
+        for micro in torch.tensor(list(order)).tensor_split(cuts):
+            rows = torch.cat([torch.arange(int(cu[s]), int(cu[s + 1])) for s in micro])
+            micro_cu = F.pad(cu.diff()[micro].cumsum(0), (1, 0)).int()
+            loss = redi_loss(x_TH[rows], w_VH, y_T[rows], micro_cu, IS_CHOSEN[micro], **counts).loss
+            grads = gradients(loss, x_TH, w_VH)
+            dx_TH, dw_VH, total = dx_TH + grads[0], dw_VH + grads[1], total + loss
+        assert_same((dx_TH, dw_VH), whole)
+        assert_same((total,), (redi_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN).loss,))
+
+
+def test_prompts_get_exactly_zero_gradient_and_do_not_matter(batch) -> None:
+    x_TH, w_VH, y_T, cu = batch
+    prompt_T = y_T == -100
+    dx_TH, dw_VH = gradients(redi_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN).loss, x_TH, w_VH)
+    assert not dx_TH[prompt_T].any() and dx_TH[~prompt_T].all(dim=1).all()
+    poisoned = x_TH.detach().masked_fill(prompt_T[:, None], torch.nan).requires_grad_()
+    got = gradients(redi_loss(poisoned, w_VH, y_T, cu, IS_CHOSEN).loss, poisoned, w_VH)
+    assert torch.equal(got[0], dx_TH) and torch.equal(got[1], dw_VH)
+
+
+def test_another_ignore_index(batch) -> None:
+    x_TH, w_VH, y_T, cu = batch
+    other = y_T.masked_fill(y_T == -100, 7_000)
+    for fn, args in ((redi_loss, (cu, IS_CHOSEN)), (sft_loss, (cu,))):
+        a, b = fn(x_TH, w_VH, y_T, *args), fn(x_TH, w_VH, other, *args, ignore_index=7_000)
+        assert torch.equal(a.loss, b.loss) and torch.equal(a.lengths_S, b.lengths_S)
+        assert torch.equal(*(gradients(o.loss, w_VH)[0] for o in (a, b)))
+
+
+def test_sft_is_cross_entropy(batch) -> None:
+    x_TH, w_VH, y_T, cu = batch
+    want = F.cross_entropy(x_TH @ w_VH.T, y_T)
+    out = sft_loss(x_TH, w_VH, y_T)
+    assert_same((out.loss,), (want,))
+    assert_same(gradients(out.loss, x_TH, w_VH), gradients(want, x_TH, w_VH))
+    assert_same((reference.sft_loss(x_TH, w_VH, y_T),), (want,))
+    assert out.logps_S is None and out.lengths_S is None
+    half = sft_loss(x_TH, w_VH, y_T, cu, num_tokens=2 * int((y_T >= 0).sum()))
+    assert_same((half.loss,), (want / 2,))
+    assert_same((half.logps_S,), (redi_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN).logps_S,))
+
+
+def test_dpo_and_simpo(batch) -> None:
+    x_TH, w_VH, y_T, cu = batch
+    ref_S = torch.randn(len(LENGTHS), dtype=torch.float64)
+    logps = sequences_alone(batch)
+    sums = torch.stack([lp.sum() for lp in logps])
+    means = torch.stack([lp.mean() if len(lp) else lp.sum() for lp in logps])
+    ref_gap = ref_S[IS_CHOSEN] - ref_S[~IS_CHOSEN]
+    cases = [
+        (
+            dpo_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN, ref_S, beta=0.2),
+            reference.dpo_loss(sums[IS_CHOSEN], sums[~IS_CHOSEN], ref_gap, beta=0.2),
+        ),
+        (
+            simpo_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN, beta=1.5, gamma=0.4),
+            reference.simpo_loss(means[IS_CHOSEN], means[~IS_CHOSEN], beta=1.5, gamma=0.4),
+        ),
+    ]
+    for out, want in cases:
+        assert_same((out.loss,), (want,))
+        want = torch.autograd.grad(want, (x_TH, w_VH), retain_graph=True)  # the cases share a graph
+        assert_same(gradients(out.loss, x_TH, w_VH), want)
+        assert out.margins.shape == (3,) and not out.logps_S.requires_grad
+    with pytest.raises(ValueError, match="not pairs"):
+        simpo_loss(x_TH, w_VH, y_T, cu, torch.ones_like(IS_CHOSEN))
+
+
+def test_differentiable_lse(batch) -> None:
+    x_TH, w_VH, y_T, _ = batch
+    out = token_logprobs(x_TH, w_VH, y_T)
+    lse_T = (x_TH @ w_VH.T).logsumexp(dim=1) * (y_T >= 0)
+    assert_same((out.lse_T,), (lse_T,))
+    got = gradients((out.lse_T**2).sum(), x_TH, w_VH)
+    assert_same(got, gradients((lse_T**2).sum(), x_TH, w_VH))
+
+
+@pytest.mark.parametrize("frozen", ["x_TH", "w_VH", "bias"])
+@pytest.mark.parametrize("path", ["fused", "primitive"])
+def test_frozen_parts_get_no_gradient_and_cost_nothing(batch, frozen, path, monkeypatch) -> None:
+    from redi_kernels import cpu
+
+    x_TH, w_VH, y_T, cu = batch
+    leaves = {"x_TH": x_TH, "w_VH": w_VH, "bias": torch.randn(V).double().requires_grad_()}
+
+    def loss() -> Tensor:
+        if path == "fused":
+            args = leaves["x_TH"], leaves["w_VH"], y_T, cu, IS_CHOSEN
+            return redi_loss(*args, bias=leaves["bias"]).loss
+        out = token_logprobs(leaves["x_TH"], leaves["w_VH"], y_T, bias=leaves["bias"])
+        return out.logp_T.sum()
+
+    full = dict(zip(leaves, gradients(loss(), *leaves.values()), strict=True))
+    seen = []
+    init = cpu._Gradients.__init__
+    monkeypatch.setattr(
+        cpu._Gradients, "__init__", lambda self, *a: (seen.append(a[-1]), init(self, *a))[1]
+    )
+    leaves[frozen] = leaves[frozen].detach()
+    rest = [name for name in leaves if name != frozen]
+    got = gradients(loss(), *(leaves[name] for name in rest))
+    assert_same(got, tuple(full[name] for name in rest))
+    assert [tuple(needs) for needs in seen] == [tuple(name != frozen for name in leaves)]
+
+
+def test_no_grad_is_only_a_forward(batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    from redi_kernels import cpu
+
+    def refuse(*args) -> None:
+        raise AssertionError("a gradient was made under no_grad")
+
+    x_TH, w_VH, y_T, cu = batch
+    want = redi_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN)
+    monkeypatch.setattr(cpu._Gradients, "add_rows", refuse)
+    with torch.no_grad():
+        got = redi_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN)
+    assert torch.equal(got.loss, want.loss) and not got.loss.requires_grad
