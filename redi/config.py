@@ -1,8 +1,8 @@
 """Recipes: what a YAML file may say, checked before any work starts.
 
-A recipe for `redi run` is a `RunConfig`; a recipe for `redi train` is a `TrainConfig`. Field names are Hugging Face's
-where it has one. An unknown key is an error that suggests the nearest name; a value of the wrong type or
-an impossible combination is an error that names the field.
+A recipe for `redi run` is a `RunConfig`; a recipe for `redi train` is a `TrainConfig`. Field names
+are Hugging Face's where it has one. An unknown key is an error that suggests the nearest name; a
+value of the wrong type or an impossible combination is an error that names the field.
 """
 
 import difflib
@@ -116,8 +116,8 @@ class TrainConfig(Strict):
     model_revision: str | None = None
     architecture: dict[str, Any] | None = Field(
         None,
-        description="a config.json's content: trains from scratch if model_name_or_path is not set, "
-        "and lets --dry-run work without the model's files",
+        description="a config.json's content: trains from scratch if model_name_or_path is not "
+        "set, and lets --dry-run work without the model's files",
     )
     tokenizer_name_or_path: str | None = Field(None, description="default: model_name_or_path")
     chat_template: str | None = Field(

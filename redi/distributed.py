@@ -1,11 +1,12 @@
 """Ranks, devices and sharding: one process, or many started by torchrun or accelerate.
 
-CUDA always shards with FSDP2 (`fully_shard`), on one GPU too: fp32 master weights, bf16 compute, fp32
-gradient reduction. One CPU process runs the plain module; several CPU processes shard over gloo.
+CUDA always shards with FSDP2 (`fully_shard`), on one GPU too: fp32 master weights, bf16 compute,
+fp32 gradient reduction. One CPU process runs the plain module; several CPU processes shard over
+gloo.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -57,8 +58,9 @@ def teardown() -> None:
 
 
 def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, *, bf16: bool) -> None:
-    """Shards in place: each transformer block is a group; what is left (embeddings, final norm, head) is
-    the outermost group, so that tied embeddings stay in one group (torch >= 2.13 requires it)."""
+    """Shards in place: each transformer block is a group; what is left (embeddings, final norm,
+    head) is the outermost group, so that tied embeddings stay in one group (torch >= 2.13 requires
+    it)."""
     if not dist.is_initialized():
         return
     policy = (
@@ -71,7 +73,7 @@ def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, *, bf16: bool
     fully_shard(model, mp_policy=policy)
 
 
-def full_tensors(named: dict[str, Tensor]) -> dict[str, Tensor]:
+def full_tensors(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors on the CPU of every rank. A collective: all ranks call it in the same order."""
     return {
         name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu()
@@ -80,7 +82,7 @@ def full_tensors(named: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_full_tensors(named: dict[str, Tensor], source: Callable[[str], Tensor]) -> None:
+def load_full_tensors(named: Mapping[str, Tensor], source: Callable[[str], Tensor]) -> None:
     """Copies whole tensors into (possibly sharded) ones of the same name and shape."""
     for name, target in named.items():
         value = source(name).to(target.device, target.dtype)

@@ -1,12 +1,10 @@
 """A transformers causal LM that reads packs: load it, run it into the loss head, write it back.
 
-The model's own code is untouched. A pack's hidden states go straight from the decoder into a loss of
-`redi_kernels`, so the [T, V] logits never exist.
+The model's own code is untouched. A pack's hidden states go straight from the decoder into a loss
+of `redi_kernels`, so the [T, V] logits never exist.
 """
 
 import contextlib
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,8 +26,9 @@ Head = Callable[[Tensor, Tensor, Pack, dict[str, Any]], Out]
 class PackedLM(nn.Module):
     """Wraps an unmodified `*ForCausalLM` (any with `.model` and `.lm_head`).
 
-    The loss runs inside this forward, so that hooks which gather sharded parameters (FSDP) fire around
-    it; tied embeddings, the head and the final norm belong to this outer module's shard group.
+    The loss runs inside this forward, so that hooks which gather sharded parameters (FSDP) fire
+    around it; tied embeddings, the head and the final norm belong to this outer module's shard
+    group.
     """
 
     def __init__(self, lm: nn.Module, *, autocast: bool = False):
@@ -37,7 +36,8 @@ class PackedLM(nn.Module):
         super().__init__()
         if not (hasattr(lm, "model") and hasattr(lm, "lm_head")):
             raise RediError(f"{type(lm).__name__}: need a causal LM with .model and .lm_head")
-        self.lm, self.autocast = lm, autocast
+        self.lm: Any = lm
+        self.autocast = autocast
 
     def forward(self, pack: Pack, head: Head[Out]) -> Out:
         device_type = pack.input_ids_T.device.type
@@ -65,7 +65,8 @@ class PackedLM(nn.Module):
 
 @torch.no_grad()
 def sequence_logps(model: PackedLM, packs: list[Pack]) -> Iterator[tuple[Pack, Tensor, Tensor]]:
-    """Yields (pack, summed log-prob per trace [S] fp32, trained tokens per trace [S]) for each pack."""
+    """Yields (pack, summed log-prob per trace [S] fp32, trained tokens per trace [S]) for each
+    pack."""
     from redi_kernels import sequence_logprobs, token_logprobs
 
     def head(x_TH, w_VH, pack, options):
@@ -79,7 +80,8 @@ def sequence_logps(model: PackedLM, packs: list[Pack]) -> Iterator[tuple[Pack, T
 
 
 def load_tokenizer(config: TrainConfig) -> Any:
-    """The tokenizer of `tokenizer_name_or_path` (default: of the model), with the recipe's template."""
+    """The tokenizer of `tokenizer_name_or_path` (default: of the model), with the recipe's
+    template."""
     name = config.tokenizer_name_or_path or config.model_name_or_path
     assert name is not None  # the recipe was checked
     tokenizer = load_tokenizer_from(
@@ -165,7 +167,7 @@ def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> Pa
     else:
         stored_dtype = model_config.dtype
         try:
-            with _no_progress_bars():
+            with no_progress_bars():
                 lm = AutoModelForCausalLM.from_pretrained(
                     config.model_name_or_path,
                     config=model_config,
@@ -178,7 +180,7 @@ def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> Pa
                 f"{config.model_name_or_path}: no model could be loaded ({_first_line(error)})"
             ) from None
         lm.config.dtype = stored_dtype
-        lm = lm.to(device)
+        lm.to(device=device)
     if config.gradient_checkpointing:
         non_reentrant = {"use_reentrant": False}
         if hasattr(lm, "activation_checkpointing_enable"):  # the name from transformers 5.2x on
@@ -187,49 +189,6 @@ def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> Pa
             lm.gradient_checkpointing_enable(non_reentrant)
     autocast = bool(config.bf16) and torch.device(device).type == "cpu"
     return PackedLM(lm, autocast=autocast).train()
-
-
-def export(
-    lm: nn.Module,
-    state: dict[str, Tensor],
-    tokenizer: Any,
-    output_dir: Path,
-    *,
-    dtype: str,
-    eos_token_ids: list[int],
-    card: str,
-) -> None:
-    """Writes an ordinary Hugging Face folder: weights, tokenizer, template, generation config, card.
-
-    Everything is written aside first; `config.json`, which makes the folder a model, moves in last.
-    """
-    from transformers import GenerationConfig
-
-    stored = lm.config.dtype if dtype == "auto" else getattr(torch, dtype)
-    if isinstance(stored, str):
-        stored = getattr(torch, stored)
-    stored = stored or torch.float32
-    aside = output_dir / "export.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        with _no_progress_bars():
-            lm.save_pretrained(aside, state_dict={k: v.to(stored) for k, v in state.items()})
-        tokenizer.save_pretrained(aside)
-        generation = GenerationConfig.from_model_config(lm.config)
-        generation.eos_token_id = eos_token_ids
-        generation.pad_token_id = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_token_ids[0]
-        )
-        generation.save_pretrained(aside)
-        settings = json.loads((aside / "config.json").read_text())
-        settings["dtype"] = str(stored).removeprefix("torch.")  # of the file, not of the training
-        (aside / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-        (aside / "README.md").write_text(card)
-        for file in sorted(aside.iterdir(), key=lambda f: f.name == "config.json"):
-            file.replace(output_dir / file.name)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _set_rope_theta(model_config: Any, theta: float) -> None:
@@ -243,7 +202,7 @@ def _set_rope_theta(model_config: Any, theta: float) -> None:
 
 
 @contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """transformers' bars for reading and writing shards would tear our own lines."""
     from transformers.utils import logging
 

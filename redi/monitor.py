@@ -41,8 +41,8 @@ def notify(callbacks: list[Any], event: str, state: TrainState, *args: Any) -> N
 
 
 class MetricsFile(Callback):
-    """One JSON object a logged step. On resume, lines past the saved step are cut off first, so that a
-    killed run leaves neither gaps nor double lines."""
+    """One JSON object a logged step. On resume, lines past the saved step are cut off first, so
+    that a killed run leaves neither gaps nor double lines."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -96,9 +96,14 @@ class Progress(Callback):
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
             from rich.progress import TimeRemainingColumn as Remaining
 
-            columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn())
-            columns += (Remaining(), TextColumn("{task.fields[logs]}"))
-            self.bar = Progress(*columns, console=Console(file=self.stream))
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(None),
+                MofNCompleteColumn(),
+                Remaining(),
+                TextColumn("{task.fields[logs]}"),
+                console=Console(file=self.stream),
+            )
             self.bar.start()
             self.task = self.bar.add_task(
                 state.name, total=state.total_steps, completed=state.step, logs=""

@@ -1,7 +1,7 @@
 """What a stage optimises, as a sum over a step's packs.
 
-Each objective divides by counts of the whole optimizer step (`StepCounts`), known before the first forward.
-So every pack adds its share, and the step's gradient is the same for any packing, order,
+Each objective divides by counts of the whole optimizer step (`StepCounts`), known before the first
+forward. So every pack adds its share, and the step's gradient is the same for any packing, order,
 accumulation or sharding.
 """
 
@@ -42,21 +42,23 @@ class PackLoss:
     lengths_S: Tensor
 
 
-Objective = Callable[[Tensor, Tensor, Pack, dict[str, Any], StepCounts], PackLoss]
+Objective = Callable[[StepCounts, Tensor, Tensor, Pack, dict[str, Any]], PackLoss]
 
 
-def sft(x_TH: Tensor, w_VH: Tensor, pack: Pack, options: dict, counts: StepCounts) -> PackLoss:
+def sft(counts: StepCounts, x_TH: Tensor, w_VH: Tensor, pack: Pack, options: dict) -> PackLoss:
     """Stage 1: mean negative log-prob over the step's completion tokens."""
     from redi_kernels import sft_loss
 
     out = sft_loss(
         x_TH, w_VH, pack.targets_T, pack.cu_seqlens, num_tokens=counts.num_tokens, **options
     )
+    assert out.logps_S is not None and out.lengths_S is not None  # cu_seqlens was given
     return PackLoss(out.loss, out.logps_S, out.lengths_S)
 
 
 def redi(alpha: float) -> Objective:
-    """Stage 2, paper Eq. 5: -log p(y_w)/|y_w| + alpha log p(y_l)/|y_l|, means over the step's traces.
+    """Stage 2, paper Eq. 5: -log p(y_w)/|y_w| + alpha log p(y_l)/|y_l|, means over the step's
+    traces.
 
     Linear in the log-probs, so the two traces of a pair need not share a pack, and rows that have
     only one of them train too.
@@ -64,7 +66,7 @@ def redi(alpha: float) -> Objective:
     from redi_kernels import redi_loss
 
     def objective(
-        x_TH: Tensor, w_VH: Tensor, pack: Pack, options: dict, counts: StepCounts
+        counts: StepCounts, x_TH: Tensor, w_VH: Tensor, pack: Pack, options: dict
     ) -> PackLoss:
         out = redi_loss(
             x_TH,

@@ -1,7 +1,7 @@
 """What a training recipe will do, before it does it: `redi train --dry-run`.
 
-Builds the model on the meta device (shapes, no memory, no weights), so that a recipe for eight GPUs can be
-checked on a laptop, offline if it embeds `architecture` and `expected_examples`.
+Builds the model on the meta device (shapes, no memory, no weights), so that a recipe for eight GPUs
+can be checked on a laptop, offline if it embeds `architecture` and `expected_examples`.
 """
 
 from pathlib import Path
@@ -11,9 +11,10 @@ from redi.errors import RediError
 
 
 def describe(config: TrainConfig) -> str:
-    """Parameters, steps and schedule as text. Raises RediError when the recipe does not say enough."""
+    """Parameters, steps and schedule as text. Raises RediError when the recipe does not say
+    enough."""
     from redi.model import load_model
-    from redi.train import Schedule
+    from redi.schedule import Schedule
 
     model = load_model(config, device="meta")
     num_parameters = sum(p.numel() for p in model.parameters())  # tied weights count once
@@ -37,7 +38,7 @@ def describe(config: TrainConfig) -> str:
         ("schedule", f"{config.lr_scheduler_type}, {schedule.warmup_steps:,} warm-up steps: "
          + ", ".join(f"{schedule.learning_rate(s):.2e} at {s + 1:,}" for s in marks if s >= 0)),
         ("lengths", f"traces over {config.max_length:,} tokens are dropped"
-         + (f", prompts over {config.max_prompt_length:,} too" if config.max_prompt_length else "")),
+         + (f", prompts over {config.max_prompt_length:,}" if config.max_prompt_length else "")),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -50,7 +51,8 @@ def _num_examples(config: TrainConfig) -> tuple[int, str]:
         return len(read_examples(config.dataset_name)), config.dataset_name
     if config.expected_examples is None:
         raise RediError(
-            f"dataset_name: {config.dataset_name}: no such file; set expected_examples to plan without it"
+            f"dataset_name: {config.dataset_name}: no such file; "
+            "set expected_examples to plan without it"
         )
     return config.expected_examples, f"expected; {config.dataset_name} is not here"
 

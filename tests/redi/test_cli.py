@@ -62,18 +62,21 @@ def test_dry_run_trains_nothing(redi, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+QWEN = ["1,543,714,304 parameters", "rope theta 300,000", "32,768 positions"]
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("sft", ["1,543,714,304 parameters", "77,629 traces", "3,035 of 128", "rope theta 300,000", "32,768 positions", "304 warm-up"]),
-        ("redi", ["1,543,714,304 parameters", "53,175 pairs", "1,662 of 32", "rope theta 300,000", "REDI, alpha = 0.8", "167 warm-up"]),
+        ("sft", ["77,629 traces", "3,035 of 128", "304 warm-up", "5.00e-05 at 304"]),
+        ("redi", ["53,175 pairs", "1,662 of 32", "167 warm-up", "REDI, alpha = 0.8"]),
     ],
-)  # fmt: skip
+)
 def test_the_papers_recipes_offline(redi, name, words, pytestconfig):
     file = pytestconfig.rootpath / "recipes" / f"qwen-redi-1.5b-{name}.yaml"
     code, out, err = redi("train", "--config", file, "--dry-run")
     assert code == 0, err
-    for word in words:
+    for word in [*QWEN, *words]:
         assert word in out
 
 

@@ -1,5 +1,8 @@
 """One step's gradient, whatever its packing: against padded, one-at-a-time and textbook forms."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import tiny
 import torch
@@ -32,7 +35,7 @@ def gradient(model, traces, *, max_tokens, objective="redi", alpha=0.8, counts=N
     model.zero_grad()
     loss, logps = 0.0, {}
     for pack in pack_traces(traces, max_tokens):
-        out = model(pack, lambda x, w, p, options: objective(x, w, p, options, counts))
+        out = model(pack, partial(objective, counts))
         out.loss.backward()
         loss += out.loss.item()
         for example, chosen, logp in zip(pack.examples, pack.is_chosen_S, out.logps_S, strict=True):
@@ -124,8 +127,6 @@ def test_alpha_zero_is_the_mean_of_per_sequence_nll(step):
 
 
 def test_rejected_term_is_minus_alpha_times_the_same_trace_as_chosen(step):
-    from dataclasses import replace
-
     model, traces = step
     rejected = [t for t in traces if not t.is_chosen]
     as_chosen = [replace(t, is_chosen=True) for t in rejected]
@@ -142,7 +143,7 @@ def test_prompts_get_no_gradient(step):
     pack = pack_traces(traces, 10_000)[0]
     x_TH = model(pack, lambda x, w, p, options: x).detach().requires_grad_()
     w_VH = model.lm.lm_head.weight
-    objective(x_TH, w_VH, pack, model.logit_options(), counts).loss.backward()
+    objective(counts, x_TH, w_VH, pack, model.logit_options()).loss.backward()
     ignored = pack.targets_T == IGNORE_INDEX
     assert 0 < ignored.sum() < len(ignored)
     assert (x_TH.grad[ignored] == 0).all()
@@ -150,7 +151,7 @@ def test_prompts_get_no_gradient(step):
 
 
 def test_stop_token_counts_and_is_trained(step):
-    model, traces = step
+    _, traces = step
     pack = pack_traces(traces, 10_000)[0]
     last_targets = pack.targets_T[pack.cu_seqlens[1:].long() - 2]
     assert (last_targets == 3).all()  # <e>

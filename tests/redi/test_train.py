@@ -19,7 +19,8 @@ from redi import checkpoint
 from redi.config import TrainConfig, make_config
 from redi.errors import Interrupted, RediError
 from redi.monitor import read_metrics
-from redi.train import Schedule, train
+from redi.schedule import Schedule
+from redi.train import train
 
 TIMING = ("tokens_per_second", "time")
 

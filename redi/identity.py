@@ -1,0 +1,96 @@
+"""Which run an output folder belongs to, so that work is neither repeated nor mixed up.
+
+A run's identity is what decides its result: the settings that matter, the tokens it trains on, the
+model it starts from. Checkpoints and results carry it.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from redi.config import TrainConfig
+from redi.data.tokenize import Tokenized
+from redi.errors import RediError
+
+RESULT = "train_result.json"
+# Settings that change at most rounding: free to differ before and after an interruption.
+FREE = {
+    "output_dir", "logging_steps", "save_steps", "save_total_limit", "resume_from_checkpoint",
+    "max_tokens_per_batch", "gradient_checkpointing", "expected_examples",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    output_dir: Path
+    steps: int
+    metrics: dict[str, float]  # the last logged step's
+    num_examples: int
+    num_dropped: int
+
+
+def identify(config: TrainConfig, data: Tokenized) -> dict[str, Any]:
+    """The run's identity as JSON."""
+    tokens = hashlib.sha256()
+    for example in data.traces:
+        for trace in example:
+            tokens.update(trace.input_ids.tobytes())
+            tokens.update(b"%d,%d;" % (trace.num_prompt_tokens, trace.is_chosen))
+    settings = {k: v for k, v in config.model_dump().items() if k not in FREE}
+    return {**settings, "tokens": tokens.hexdigest(), "start": _starting_model(config)}
+
+
+def check_same(where: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises RediError that names what differs between the run found at `where` and this one."""
+    # A field that a newer version added had its default's effect when `saved` was written.
+    saved = {k: f.default for k, f in TrainConfig.model_fields.items() if k in wanted} | saved
+    differ = [k for k in {**saved, **wanted} if saved.get(k) != wanted.get(k)]
+    if not differ:
+        return
+    key = differ[0]
+    what = {"tokens": "the data or its tokenization", "start": "the starting model"}.get(
+        key, f"{key} ({saved.get(key)} there, {wanted.get(key)} now)"
+    )
+    raise RediError(
+        f"{where}: belongs to a run that differs in {what}; "
+        "choose another output_dir, or remove that folder to start anew"
+    )
+
+
+def write_result(result: TrainResult, identity: dict[str, Any]) -> None:
+    """Marks the folder as holding this run's result; the last thing a run writes."""
+    content = {
+        "identity": identity,
+        "steps": result.steps,
+        "metrics": result.metrics,
+        "num_examples": result.num_examples,
+        "num_dropped": result.num_dropped,
+    }
+    aside = result.output_dir / f"{RESULT}.tmp"
+    aside.write_text(json.dumps(content, indent=2) + "\n")
+    aside.replace(result.output_dir / RESULT)
+
+
+def read_result(output_dir: Path, identity: dict[str, Any]) -> TrainResult | None:
+    """This run's result if `output_dir` holds it. Raises RediError if it holds another run's."""
+    file = output_dir / RESULT
+    if not file.exists():
+        return None
+    content = json.loads(file.read_text())
+    check_same(file, content.pop("identity"), identity)
+    return TrainResult(output_dir, **content)
+
+
+def _starting_model(config: TrainConfig) -> str:
+    """Of a local folder: the identity of the run that made it, else its files' names and sizes."""
+    folder = Path(config.model_name_or_path or "")
+    if config.model_name_or_path is None or not folder.is_dir():
+        return str(config.model_name_or_path)
+    result = folder / RESULT
+    if result.exists():
+        made_by = json.loads(result.read_text())["identity"]
+    else:
+        made_by = sorted((f.name, f.stat().st_size) for f in folder.iterdir() if f.is_file())
+    return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
