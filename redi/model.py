@@ -180,7 +180,7 @@ def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> Pa
                 f"{config.model_name_or_path}: no model could be loaded ({_first_line(error)})"
             ) from None
         lm.config.dtype = stored_dtype
-        lm.to(device=device)
+        torch.nn.Module.to(lm, device)
     if config.gradient_checkpointing:
         non_reentrant = {"use_reentrant": False}
         if hasattr(lm, "activation_checkpointing_enable"):  # the name from transformers 5.2x on
