@@ -7,8 +7,8 @@ A problem is `3+4-2+9`. The teacher works it out left to right and states the an
 
 Two teachers differ in what separates their wrong traces from their right ones:
 
-    habit   leaps two times out of three and errs far more often then, so that most wrong traces
-            show the habit, and so do many right ones: a student of the right ones copies it
+    habit   leaps four times out of five and errs far more often then, so that nearly all wrong
+            traces show the habit, and most right ones too: a student of the right ones copies it
     slip    always goes step by step; a wrong trace is right but for one slip, carried on correctly
 
 `write_task` writes what a real job would read: raw generations without verdicts, held-out problems
@@ -49,7 +49,7 @@ class Teacher:
 
 
 TEACHERS = {
-    "habit": Teacher(leap_probability=0.65, leap_error=0.40, step_error=0.05, num_terms=(4, 7)),
+    "habit": Teacher(leap_probability=0.80, leap_error=0.40, step_error=0.05, num_terms=(4, 7)),
     "slip": Teacher(leap_probability=0.0, leap_error=0.0, step_error=0.40, num_terms=(3, 7)),
 }
 PRETRAIN_TERMS = (2, 7)  # the student's clean sums are also shorter than any problem

@@ -97,7 +97,7 @@ def test_a_wrong_trace_has_exactly_one_wrong_step(folders: dict[str, Path], teac
             assert lefts[0] + "".join(terms) == row["prompt"]
 
 
-def test_habit_shows_in_most_wrong_traces_and_in_about_half_of_the_right_ones(
+def test_habit_shows_in_nearly_all_wrong_traces_and_in_most_right_ones(
     tmp_path: Path,
 ) -> None:
     write_task(TaskConfig(**{**SMALL, "num_problems": 3000}), tmp_path / "t")
@@ -107,11 +107,11 @@ def test_habit_shows_in_most_wrong_traces_and_in_about_half_of_the_right_ones(
         pairs += len(set(verdicts)) == 2
         for trace, is_right in zip(row["generations"], verdicts, strict=True):
             (right if is_right else wrong).append(is_leap(trace))
-    # .65 * .6 / .7225 = .54; .65 * .4 / .2775 = .94; 1 - .7225**8 of the problems have both kinds
-    assert sum(right) / len(right) == pytest.approx(0.540, abs=0.02)
-    assert sum(wrong) / len(wrong) == pytest.approx(0.937, abs=0.02)
-    assert len(wrong) / (len(right) + len(wrong)) == pytest.approx(0.2775, abs=0.015)
-    assert pairs / 3000 == pytest.approx(0.926, abs=0.015)
+    # .8 * .6 / .67 = .716; .8 * .4 / .33 = .970; 1 - .67**8 - .33**8 of the problems have both kinds
+    assert sum(right) / len(right) == pytest.approx(0.716, abs=0.02)
+    assert sum(wrong) / len(wrong) == pytest.approx(0.970, abs=0.01)
+    assert len(wrong) / (len(right) + len(wrong)) == pytest.approx(0.330, abs=0.015)
+    assert pairs / 3000 == pytest.approx(0.959, abs=0.015)
 
 
 def test_slip_teacher_never_leaps(folders: dict[str, Path]) -> None:
