@@ -107,7 +107,7 @@ def test_habit_shows_in_nearly_all_wrong_traces_and_in_most_right_ones(
         pairs += len(set(verdicts)) == 2
         for trace, is_right in zip(row["generations"], verdicts, strict=True):
             (right if is_right else wrong).append(is_leap(trace))
-    # .8 * .6 / .67 = .716; .8 * .4 / .33 = .970; 1 - .67**8 - .33**8 of the problems have both kinds
+    # .8 * .6 / .67 = .716; .8 * .4 / .33 = .970; 1 - .67**8 = .959 of the problems have both
     assert sum(right) / len(right) == pytest.approx(0.716, abs=0.02)
     assert sum(wrong) / len(wrong) == pytest.approx(0.970, abs=0.01)
     assert len(wrong) / (len(right) + len(wrong)) == pytest.approx(0.330, abs=0.015)
