@@ -141,6 +141,12 @@ def test_judges(tmp_path, judges, columns, correct):
     assert texts(tmp_path, "pairs") == expected
 
 
+def test_recorded_verdicts_are_not_judged_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", None)  # judging these would start a process
+    run(tmp_path, [raw([r"\boxed{x}", r"\boxed{y}"], verdicts=[False, True])])
+    assert texts(tmp_path, "pairs") == [(r"\boxed{y}", r"\boxed{x}")]
+
+
 def test_timeouts_and_missing_verdicts_are_never_negatives(tmp_path):
     hangs = r"\boxed{9^{9^{9^9}}}"
     report = run(

@@ -200,6 +200,7 @@ def test_many_examples_tokenize_as_one_at_a_time():
     result = tokenize_examples(rows, chat.tokenizer, max_length=None)
     assert len(result.traces) == 1100
     for i in (0, 1, 499, 500, 501, 1099):
+        assert [trace.example for trace in result.traces[i]] == [i, i]
         for trace, text in zip(result.traces[i], (rows[i].chosen, rows[i].rejected), strict=True):
             assert (trace.input_ids.tolist(), trace.num_prompt_tokens) == chat.encode(
                 QUESTION, text
