@@ -9,7 +9,8 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """One matmul's output tile M x N, its step K, the swizzle's group, warps and pipeline depth."""
+    """One matmul's output tile M x N, its step K, the swizzle's group, warps and pipeline depth.
+    The epilogue takes the tile in `parts` vertical strips: fewer temporaries at a time."""
 
     m: int
     n: int
@@ -17,6 +18,7 @@ class Tile:
     group: int = 8
     warps: int = 8
     stages: int = 3
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -41,22 +43,33 @@ class Config:
         assert self.logits.n % self.dx.k == 0 and self.logits.m % self.dw.k == 0
 
 
-SM80 = Config(Tile(128, 128, 32), Tile(128, 128, 32), Tile(128, 128, 32))
 INTERPRETER = Config(
-    Tile(64, 128, 64),
-    Tile(64, 64, 64),
-    Tile(128, 64, 64),
-    persistent=True,
-    slab_bytes=256 << 10,
-    min_slice=128,
-)
+    Tile(64, 128, 64, parts=2), Tile(64, 64, 64), Tile(128, 64, 64),
+    persistent=True, slab_bytes=256 << 10, min_slice=128,
+)  # fmt: skip
+SM80 = Config(Tile(128, 128, 32), Tile(128, 128, 32), Tile(128, 128, 32))
+SM90 = Config(Tile(128, 256, 64), Tile(128, 256, 64), Tile(128, 256, 64), tma=True, persistent=True)
+FP32 = Config(Tile(64, 64, 32), Tile(64, 64, 32), Tile(64, 64, 32))
+CDNA = SM80
 
 
 def select(device: torch.device, dtype: torch.dtype) -> Config:
     """The configuration for tensors of `dtype` on `device`."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return INTERPRETER
-    return SM80
+    if torch.version.hip:
+        return for_target("hip", 0, dtype)
+    major, minor = torch.cuda.get_device_capability(device)
+    return for_target("cuda", 10 * major + minor, dtype)
+
+
+def for_target(vendor: str, capability: int, dtype: torch.dtype) -> Config:
+    """By vendor ("cuda" or "hip") and compute capability (90 is Hopper)."""
+    if dtype == torch.float32:
+        return FP32
+    if vendor == "hip":
+        return CDNA
+    return SM90 if capability >= 90 else SM80
 
 
 def num_programs(config: Config, device: torch.device, num_tiles: int) -> int:

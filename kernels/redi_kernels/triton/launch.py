@@ -92,13 +92,25 @@ class Statistics:
 
 @dataclass
 class Slab:
-    """g = (a exp(z - c), or b at the target) slope. Without a and b: exp(z - c) slope."""
+    """g = a exp(z - c) slope; a = None: 1. `active`: row blocks to work on; None: all."""
 
     out_TV: Tensor
     c_T: Tensor
     a_T: Tensor | None = None
-    b_T: Tensor | None = None
     active: Tensor | None = None
+
+
+@dataclass
+class Fused:
+    """Per token: weight in; anchor c in and out; scale and the target's element of the slab out.
+    `active` marks the row blocks whose anchor was more than `limit` off."""
+
+    weight_T: Tensor
+    c_T: Tensor
+    active: Tensor
+    scale_T: Tensor
+    patch_T: Tensor
+    limit: float
 
 
 def logits(
@@ -119,18 +131,37 @@ def logits(
         p.y_T, p.bias_V,
         stats and stats.max_JT, stats and stats.sum_JT, stats and stats.ent_JT,
         stats and stats.target_T,
-        slab and slab.out_TV, slab and slab.a_T, slab and slab.b_T, slab and slab.c_T,
+        slab and slab.out_TV, slab and slab.a_T, slab and slab.c_T,
         slab and slab.active,
         T, V, H, first_v, num_v, p.x_TH.stride(0), p.w_VH.stride(0),
         slab.out_TV.stride(0) if slab else 0, p.logit_scale, p.softcap or 0.0,
-        BLOCK_T=tile.m, BLOCK_V=tile.n, BLOCK_H=tile.k, GROUP_T=tile.group,
+        BLOCK_T=tile.m, BLOCK_V=tile.n, BLOCK_H=tile.k, GROUP_T=tile.group, PARTS=tile.parts,
         HAS_BIAS=p.bias_V is not None, HAS_SOFTCAP=p.softcap is not None,
+        HAS_SCALE=p.logit_scale != 1.0,
         EVEN_H=H % tile.k == 0, TMA=tma,
         STATS=stats is not None, ENTROPY=stats is not None and stats.ent_JT is not None,
-        SLAB=slab is not None, PLAIN=slab is not None and slab.a_T is None,
+        SLAB=slab is not None, SCALED=slab is not None and slab.a_T is not None,
         HAS_ACTIVE=slab is not None and slab.active is not None,
         FLATTEN=config.persistent and not (slab and slab.active is not None),
         PRECISION=config.precision, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def finish(
+    problem: Problem, stats: Statistics, logp_T: Tensor, lse_T: Tensor | None = None,
+    entropy_T: Tensor | None = None, correct_T: Tensor | None = None, fused: Fused | None = None,
+) -> None:  # fmt: skip
+    """Statistics of tiles -> per-token results, or what the fused path needs."""
+    T = problem.sizes[0]
+    block_t = problem.config.logits.m  # `active` marks blocks of the logits matmul
+    reduce.reduce_kernel[(triton.cdiv(T, block_t),)](
+        stats.max_JT, stats.sum_JT, stats.ent_JT, stats.target_T,
+        logp_T, lse_T, entropy_T, correct_T,
+        fused and fused.weight_T, fused and fused.c_T, fused and fused.active,
+        fused and fused.scale_T, fused and fused.patch_T,
+        T, stats.max_JT.shape[0], problem.softcap or 0.0, fused.limit if fused else 0.0,
+        BLOCK_T=block_t, ENTROPY=entropy_T is not None, FUSED=fused is not None,
+        HAS_SOFTCAP=problem.softcap is not None,
     )  # fmt: skip
 
 
@@ -148,11 +179,19 @@ def matmul(
         operand(a, a_block, tma), operand(b_KN, (tile.k, tile.n), tma), acc_MN, out_MN, scale_M,
         M, N, b_KN.shape[0], first_k, num_k, a.stride(0), b_KN.stride(0),
         acc_MN.stride(0) if acc_MN is not None else 0, out_MN.stride(0), alpha,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=tile.group,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=tile.group, PARTS=tile.parts,
         TRANSPOSED=transposed, HAS_SCALE=scale_M is not None, ACCUMULATE=acc_MN is not None,
         EVEN_N=N % tile.n == 0, TMA=tma, FLATTEN=config.persistent, PRECISION=config.precision,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+
+
+def patch(problem: Problem, slab_TV: Tensor, value_T: Tensor, first_v: int, num_v: int) -> None:
+    """The target's element of each row of the slab, where it lies in the slice."""
+    T, block_t = problem.sizes[0], 128
+    reduce.patch_kernel[(triton.cdiv(T, block_t),)](
+        slab_TV, problem.y_T, value_T, T, first_v, num_v, slab_TV.stride(0), BLOCK_T=block_t
+    )
 
 
 def column_sum(slab_TV: Tensor, scale_T: Tensor | None, acc_V: Tensor, T: int) -> None:

@@ -3,32 +3,35 @@
 * STATS: for each row the tile's max m, s = sum exp(z - m) and e = sum exp(z - m) (z - m), in fp32
   tables [V / BLOCK_V, T], and the target's logit, written by the one tile that holds its column.
   The target comes from the same accumulator as the sum, so z_y <= m + log s: logp <= 0 always.
-* SLAB: the gradient of some objective with respect to the raw products, g_TV for a slice of the
-  vocabulary, rounded once to x's dtype: g = (a_t exp(z - c_t), or b_t where v = y_t) dz/d(x w).
-  With c = lse and the a, b of primitive.py this is the gradient of log-probs. The fused path does
-  not know lse yet: it takes any c near it and a = 1 everywhere (PLAIN), and corrects afterwards.
+* SLAB: exp(z_tv - c_t) dz/d(x w), times a_t if SCALED, for a slice of the vocabulary, rounded once
+  to x's dtype. With c = lse this is d(logits) but for the target's column, which patch_kernel
+  overwrites. The fused path does not know lse yet and takes any c near it (weighted.py).
 
 Both may be on at once: that is how the fused path gets statistics and slab from one matmul.
-`active_ptr` (one int32 per row block) lets a second launch redo single row blocks and cost nothing
-when there are none.
+`active_ptr` (one int32 per row block) lets a second launch redo single row blocks and cost next to
+nothing when there are none.
+
+The epilogue runs 256 x 128 times per tile between matmuls that keep the tensor cores busy for only
+2 H / 1024 cycles per element, so it is kept short: exp2 instead of exp (5 instructions), target and
+tail handled only in tiles that hold one, one exponential for statistics and slab together.
 """
 
 import triton
 import triton.language as tl
 
-from redi_kernels.triton.tiles import apply_head, load_tile, swizzle
+from redi_kernels.triton.tiles import LOG2E, MASKED, apply_head, columns, load_tile, swizzle
 
 
 @triton.jit
 def logits_kernel(
     x_TH, w_VH, y_ptr, bias_ptr,
     max_ptr, sum_ptr, ent_ptr, target_ptr,
-    slab_TV, a_ptr, b_ptr, c_ptr, active_ptr,
+    slab_TV, a_ptr, c_ptr, active_ptr,
     T, V, H, first_v, num_v, x_stride, w_stride, slab_stride, logit_scale, softcap,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP_T: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EVEN_H: tl.constexpr, TMA: tl.constexpr,
-    STATS: tl.constexpr, ENTROPY: tl.constexpr, SLAB: tl.constexpr, PLAIN: tl.constexpr,
-    HAS_ACTIVE: tl.constexpr,
+    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_SCALE: tl.constexpr, STATS: tl.constexpr, ENTROPY: tl.constexpr, SLAB: tl.constexpr,
+    SCALED: tl.constexpr, HAS_ACTIVE: tl.constexpr, EVEN_H: tl.constexpr, TMA: tl.constexpr,
     FLATTEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Columns [first_v, first_v + num_v) of the vocabulary; slab column 0 is vocabulary first_v."""
@@ -41,44 +44,64 @@ def logits_kernel(
             active = tl.load(active_ptr + pid_t) != 0
         if active:
             row, col = pid_t * BLOCK_T, first_v + pid_v * BLOCK_V
-            z = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+            z_tile = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
             for h in range(0, H, BLOCK_H):
                 x = load_tile(x_TH, x_stride, row, h, T, H, BLOCK_T, BLOCK_H, TMA, EVEN_H)
                 w = load_tile(w_VH, w_stride, col, h, V, H, BLOCK_V, BLOCK_H, TMA, EVEN_H)
-                z = tl.dot(x, w.T, z, input_precision=PRECISION)
+                z_tile = tl.dot(x, w.T, z_tile, input_precision=PRECISION)
 
-            rows, cols = row + tl.arange(0, BLOCK_T), col + tl.arange(0, BLOCK_V)
-            in_t, in_v = rows < T, cols < V
-            bias = 0.0
-            if HAS_BIAS:
-                bias = tl.load(bias_ptr + cols, mask=in_v, other=0.0).to(tl.float32)[None, :]
-            z, slope = apply_head(z, bias, logit_scale, softcap, HAS_SOFTCAP)
-            y = tl.load(y_ptr + rows, mask=in_t, other=-1).to(tl.int32)
-            is_target = cols[None, :] == y[:, None]
-
+            rows = row + tl.arange(0, BLOCK_T)
+            in_t = rows < T
             if STATS:
-                z = tl.where(in_v[None, :], z, float("-inf"))
-                m = tl.max(z, 1)
-                shifted = z - tl.where(m > float("-inf"), m, 0.0)[:, None]  # a bias may be -inf
-                p = tl.exp(shifted)
-                cell = (first_v // BLOCK_V + pid_v).to(tl.int64) * T + rows
-                tl.store(max_ptr + cell, m, mask=in_t)
-                tl.store(sum_ptr + cell, tl.sum(p, 1), mask=in_t)
-                if ENTROPY:
-                    ent = tl.sum(tl.where(p > 0, p * shifted, 0.0), 1)
-                    tl.store(ent_ptr + cell, ent, mask=in_t)
-                is_owner = in_t & (y >= col) & (y < col + BLOCK_V)
-                tl.store(target_ptr + rows, tl.sum(tl.where(is_target, z, 0.0), 1), mask=is_owner)
-
+                y = tl.load(y_ptr + rows, mask=in_t, other=-1).to(tl.int32)
+                is_owner = (y >= col) & (y < col + BLOCK_V)
+                has_target = tl.max(is_owner.to(tl.int32), 0) > 0
+                m = tl.full((BLOCK_T,), MASKED, tl.float32)
+                s = tl.zeros((BLOCK_T,), tl.float32)
+                e, z_y = s, s
             if SLAB:
                 c = tl.load(c_ptr + rows, mask=in_t, other=float("inf"))  # rows past T become 0
-                g = tl.exp(z - c[:, None])
-                if not PLAIN:
-                    a = tl.load(a_ptr + rows, mask=in_t, other=0.0)
-                    b = tl.load(b_ptr + rows, mask=in_t, other=0.0)
-                    g = tl.where(is_target, b[:, None], g * a[:, None])
-                # T and V are padded to whole tiles: the slab has room, and the padding must be zero
-                g = tl.where(in_v[None, :], g * slope, 0.0).to(slab_TV.dtype.element_ty)
-                local = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
-                cell = rows.to(tl.int64)[:, None] * slab_stride + local[None, :]
-                tl.store(slab_TV + cell, g)
+                a = tl.load(a_ptr + rows, mask=in_t, other=0.0) if SCALED else 1.0
+
+            parts = columns(z_tile, PARTS)
+            for i in tl.static_range(PARTS):
+                local = i * (BLOCK_V // PARTS) + tl.arange(0, BLOCK_V // PARTS)
+                cols = col + local
+                bias = 0.0
+                if HAS_BIAS:
+                    bias = tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
+                z, slope = apply_head(
+                    parts[i], bias, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, HAS_SCALE
+                )
+                if col + BLOCK_V > V:
+                    z = tl.where((cols < V)[None, :], z, MASKED)
+                if STATS:
+                    new_m = tl.maximum(m, tl.max(z, 1))
+                    z_m = z - new_m[:, None]
+                    p = tl.exp2(z_m * LOG2E)
+                    shift = m - new_m
+                    rescale = tl.exp2(shift * LOG2E)
+                    if ENTROPY:
+                        e = rescale * (e + s * shift) + tl.sum(p * z_m, 1)
+                    s = rescale * s + tl.sum(p, 1)
+                    m = new_m
+                    if has_target:
+                        z_y += tl.sum(tl.where(cols[None, :] == y[:, None], z, 0.0), 1)
+                if SLAB:
+                    if STATS:  # m - c < LIMIT, or the block is done again
+                        g = p * tl.exp2((m - c) * LOG2E)[:, None]
+                    else:
+                        g = tl.exp2((z - c[:, None]) * LOG2E)
+                    if SCALED:
+                        g = g * a[:, None]
+                    # T and V are padded to whole tiles: the slab has room, and padding becomes zero
+                    cell = rows.to(tl.int64)[:, None] * slab_stride + (pid_v * BLOCK_V + local)
+                    tl.store(slab_TV + cell, (g * slope).to(slab_TV.dtype.element_ty))
+
+            if STATS:
+                cell = (first_v // BLOCK_V + pid_v).to(tl.int64) * T + rows
+                tl.store(max_ptr + cell, m, mask=in_t)
+                tl.store(sum_ptr + cell, s, mask=in_t)
+                if ENTROPY:
+                    tl.store(ent_ptr + cell, e, mask=in_t)
+                tl.store(target_ptr + rows, z_y, mask=in_t & is_owner)

@@ -12,7 +12,7 @@ The slab is padded with zeros to whole tiles, so b's rows past the end are multi
 import triton
 import triton.language as tl
 
-from redi_kernels.triton.tiles import load_tile, swizzle
+from redi_kernels.triton.tiles import columns, load_tile, swizzle
 
 
 @triton.jit
@@ -20,8 +20,9 @@ def matmul_kernel(
     a_ref, b_KN, acc_MN, out_MN, scale_ptr,
     M, N, K, first_k, num_k, a_stride, b_stride, acc_stride, out_stride, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    TRANSPOSED: tl.constexpr, HAS_SCALE: tl.constexpr, ACCUMULATE: tl.constexpr,
-    EVEN_N: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_SCALE: tl.constexpr,
+    ACCUMULATE: tl.constexpr, EVEN_N: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """K rows in b; this piece reduces over [first_k, first_k + num_k), columns [0, num_k) of a."""
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -29,22 +30,26 @@ def matmul_kernel(
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN):
         pid_m, pid_n = swizzle(tile, num_m, num_n, GROUP_M)
         row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
-        out = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        out_tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, num_k, BLOCK_K):
             if TRANSPOSED:
                 a = load_tile(a_ref, a_stride, k, row, padded_k, M, BLOCK_K, BLOCK_M, TMA, True).T
             else:
                 a = load_tile(a_ref, a_stride, row, k, M, num_k, BLOCK_M, BLOCK_K, TMA, True)
             b = load_tile(b_KN, b_stride, first_k + k, col, K, N, BLOCK_K, BLOCK_N, TMA, EVEN_N)
-            out = tl.dot(a, b, out, input_precision=PRECISION)
+            out_tile = tl.dot(a, b, out_tile, input_precision=PRECISION)
 
-        rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
-        inside = (rows < M)[:, None] & (cols < N)[None, :]
-        out = out * alpha
+        rows = row + tl.arange(0, BLOCK_M)
+        scale = alpha
         if HAS_SCALE:
-            out = out * tl.load(scale_ptr + rows, mask=rows < M, other=0.0)[:, None]
-        cell = rows.to(tl.int64)[:, None]
-        if ACCUMULATE:
-            out += tl.load(acc_MN + cell * acc_stride + cols[None, :], mask=inside, other=0.0)
-        pointers = out_MN + cell * out_stride + cols[None, :]
-        tl.store(pointers, out.to(out_MN.dtype.element_ty), mask=inside)
+            scale = alpha * tl.load(scale_ptr + rows, mask=rows < M, other=0.0)[:, None]
+        parts = columns(out_tile, PARTS)
+        for i in tl.static_range(PARTS):
+            cols = col + i * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
+            inside = (rows < M)[:, None] & (cols < N)[None, :]
+            out = parts[i] * scale
+            cell = rows.to(tl.int64)[:, None]
+            if ACCUMULATE:
+                out += tl.load(acc_MN + cell * acc_stride + cols[None, :], mask=inside, other=0.0)
+            out = out.to(out_MN.dtype.element_ty)
+            tl.store(out_MN + cell * out_stride + cols[None, :], out, mask=inside)

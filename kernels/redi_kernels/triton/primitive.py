@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from redi_kernels.triton import launch, reduce
+from redi_kernels.triton import launch
 from redi_kernels.triton.launch import Problem, Slab, Statistics
 
 FORWARD_TOKENS = 16384  # bounds the table of statistics: 12 V / BLOCK_V bytes per token
@@ -33,24 +33,8 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = slice(first, first + chunk.sizes[0])
         stats = Statistics.empty(chunk, entropy=True)
         launch.logits(chunk, stats)
-        finish(chunk, stats, logp_T[rows], lse_T[rows], entropy_T[rows], correct_T[rows])
+        launch.finish(chunk, stats, logp_T[rows], lse_T[rows], entropy_T[rows], correct_T[rows])
     return logp_T, lse_T, entropy_T, correct_T
-
-
-def finish(
-    problem: Problem, stats: Statistics, logp_T: Tensor, lse_T: Tensor,
-    entropy_T: Tensor | None = None, correct_T: Tensor | None = None,
-    c_T: Tensor | None = None, active: Tensor | None = None, limit: float = 0.0,
-) -> None:  # fmt: skip
-    """Statistics of tiles -> per-token results (and, with an anchor c, which blocks to redo)."""
-    T = problem.sizes[0]
-    block = problem.config.logits.m  # a block of tokens is what `active` marks
-    reduce.reduce_kernel[(triton.cdiv(T, block),)](
-        stats.max_JT, stats.sum_JT, stats.ent_JT, stats.target_T,
-        logp_T, lse_T, entropy_T, correct_T, c_T, active,
-        T, stats.max_JT.shape[0], limit,
-        BLOCK_T=block, ENTROPY=entropy_T is not None, ANCHORED=c_T is not None,
-    )  # fmt: skip
 
 
 def backward(
@@ -66,7 +50,9 @@ def backward(
     # d logp / dz = onehot - p and d lse / dz = p. The target's 1 - p comes from logp, where it does
     # not cancel as p -> 1.
     a_T = dlse_T - dlogp_T
-    b_T = dlse_T * logp_T.exp() - dlogp_T * logp_T.expm1()
+    target_T = dlse_T * logp_T.exp() - dlogp_T * logp_T.expm1()
+    if p.softcap is not None:
+        target_T = target_T * (1 - ((logp_T + lse_T) / p.softcap) ** 2)
     per_slice = slice_columns(p)
     dx_TH = p.new(T, H, dtype=p.x_TH.dtype) if needs_x else None
     acc_TH = running_sum(dx_TH, num_pieces=triton.cdiv(V, per_slice))
@@ -76,7 +62,8 @@ def backward(
     for first_v in range(0, V, per_slice):
         num_v = min(per_slice, V - first_v)
         is_first, is_last = first_v == 0, first_v + num_v == V
-        launch.logits(p, slab=Slab(slab_TV, lse_T, a_T, b_T), first_v=first_v, num_v=num_v)
+        launch.logits(p, slab=Slab(slab_TV, lse_T, a_T), first_v=first_v, num_v=num_v)
+        launch.patch(p, slab_TV, target_T, first_v, num_v)
         if dw_VH is not None:
             launch.matmul(
                 config, config.dw, slab_TV, p.x_TH, dw_VH[first_v : first_v + num_v],

@@ -1,34 +1,34 @@
-"""Small launches around the matmuls: one thread row per token, all loops in a fixed order.
+"""Small launches around the matmuls: per token or per column, all loops in a fixed order.
 
-reduce_kernel   tile statistics -> lse, logp, entropy, arg-max correctness, per token
+reduce_kernel   statistics of tiles -> lse, logp, entropy, arg-max correctness
 anchor_kernel   z_y = head(x_t . w_{y_t}), the fused path's first guess at lse
-patch_kernel    the fused path's correction of the slab and scaling of x, once lse is known
+patch_kernel    the target's column of d(logits)
 column_kernel   db_v = sum_t s_t g_tv
 """
 
 import triton
 import triton.language as tl
 
-from redi_kernels.triton.tiles import apply_head
+from redi_kernels.triton.tiles import MASKED, apply_head, expm1
 
 
 @triton.jit
 def reduce_kernel(
     max_ptr, sum_ptr, ent_ptr, target_ptr, logp_ptr, lse_ptr, entropy_ptr, correct_ptr,
-    c_ptr, active_ptr, T, num_tiles, limit,
-    BLOCK_T: tl.constexpr, ENTROPY: tl.constexpr, ANCHORED: tl.constexpr,
+    weight_ptr, c_ptr, active_ptr, scale_ptr, patch_ptr, T, num_tiles, softcap, limit,
+    BLOCK_T: tl.constexpr, ENTROPY: tl.constexpr, FUSED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """lse = m + log s with m = max_j m_j, s = sum_j s_j exp(m_j - m), and, centred on m so that
     logits near +-1000 lose nothing, logp = (z_y - m) - log s and
     entropy = lse - sum p z = log s - (1/s) sum_j exp(m_j - m) (e_j + s_j (m_j - m)).
 
-    ANCHORED: a row whose anchor c lies more than `limit` below lse gets c = lse and its block is
-    marked active, to be done again: exp(z - c) may have left the exponent range. In place of lse
-    comes lse - c = (m - c) + log s, whose rounding does not grow with the logits.
+    FUSED (weighted.py): a row whose anchor c lies more than `limit` below lse gets c = lse and its
+    block is marked active, to be done again. Then log Z = (m - c) + log s, the row's scale is
+    -weight / Z and its target's element Z (p - 1) slope.
     """
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_t = rows < T
-    m = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+    m = tl.full((BLOCK_T,), MASKED, tl.float32)
     for j in range(0, num_tiles):
         m_j = tl.load(max_ptr + tl.cast(j, tl.int64) * T + rows, mask=in_t, other=0.0)
         m = tl.maximum(m, m_j)
@@ -40,20 +40,29 @@ def reduce_kernel(
         s += s_j * tl.exp(shift)
         if ENTROPY:
             e_j = tl.load(ent_ptr + cell, mask=in_t, other=0.0)
-            e += tl.where(s_j * tl.exp(shift) > 0, tl.exp(shift) * (e_j + s_j * shift), 0.0)
+            e += tl.exp(shift) * (e_j + s_j * shift)
+    log_s = tl.log(s)
     z_y = tl.load(target_ptr + rows, mask=in_t, other=0.0)
-    lse = m + tl.log(s)
-    tl.store(logp_ptr + rows, tl.minimum((z_y - m) - tl.log(s), 0.0), mask=in_t)
+    logp = tl.where(z_y == MASKED, float("-inf"), tl.minimum((z_y - m) - log_s, 0.0))
+    tl.store(logp_ptr + rows, logp, mask=in_t)
     if ENTROPY:
-        tl.store(entropy_ptr + rows, tl.log(s) - e / s, mask=in_t)
+        tl.store(entropy_ptr + rows, log_s - e / s, mask=in_t)
         tl.store(correct_ptr + rows, z_y >= m, mask=in_t)
-    if ANCHORED:
+    if FUSED:
         c = tl.load(c_ptr + rows, mask=in_t, other=0.0)
-        far = in_t & (lse - c > limit)
-        tl.store(c_ptr + rows, lse, mask=far)
+        far = in_t & ~((m - c) + log_s <= limit)
+        c = tl.where(far, m + log_s, c)
+        tl.store(c_ptr + rows, c, mask=far)
         tl.store(active_ptr + tl.program_id(0), tl.max(far.to(tl.int32), 0))
-        lse = (m - tl.where(far, lse, c)) + tl.log(s)
-    tl.store(lse_ptr + rows, lse, mask=in_t)
+        total = tl.exp((m - c) + log_s)
+        weight = tl.load(weight_ptr + rows, mask=in_t, other=0.0)
+        tl.store(scale_ptr + rows, -weight / total, mask=in_t)
+        slope = 1.0
+        if HAS_SOFTCAP:
+            slope = 1.0 - (z_y / softcap) * (z_y / softcap)
+        tl.store(patch_ptr + rows, total * expm1(logp) * slope, mask=in_t)
+    else:
+        tl.store(lse_ptr + rows, m + log_s, mask=in_t)
 
 
 @triton.jit
@@ -77,38 +86,24 @@ def anchor_kernel(
     bias = 0.0
     if HAS_BIAS:
         bias = tl.load(bias_ptr + y, mask=in_t, other=0.0).to(tl.float32)
-    z, _ = apply_head(z, bias, logit_scale, softcap, HAS_SOFTCAP)
+    z, _ = apply_head(z, bias, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, True)
     tl.store(c_ptr + rows, z, mask=in_t)
 
 
 @triton.jit
 def patch_kernel(
-    slab_TV, x_TH, xs_TH, y_ptr, weight_ptr, target_ptr, pm1_ptr, log_z_ptr, scale_ptr,
-    T, H, x_stride, xs_stride, slab_stride, softcap,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    slab_TV, y_ptr, value_ptr, T, first_v, num_v, slab_stride, BLOCK_T: tl.constexpr
 ):  # fmt: skip
-    """See weighted.py: g_ty becomes Z (p - 1) slope with Z = exp(lse - c), the row's scale is
-    s = -weight / Z, xs = s x. pm1 = p - 1. Padding rows of xs need no zeros: the slab has them."""
+    """g_ty = value_t, rounded once, where the target's column lies in the slab's slice.
+
+    An element of its own because 1 - p must not be what rounding leaves of a difference.
+    """
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_t = rows < T
-    total = tl.exp(tl.load(log_z_ptr + rows, mask=in_t, other=0.0))
-    slope = 1.0
-    if HAS_SOFTCAP:
-        tanh = tl.load(target_ptr + rows, mask=in_t, other=0.0) / softcap
-        slope = 1.0 - tanh * tanh
-    g_y = total * tl.load(pm1_ptr + rows, mask=in_t, other=0.0) * slope
-    y = tl.load(y_ptr + rows, mask=in_t, other=0)
-    cell = rows.to(tl.int64) * slab_stride + y
-    tl.store(slab_TV + cell, g_y.to(slab_TV.dtype.element_ty), mask=in_t)
-    scale = -tl.load(weight_ptr + rows, mask=in_t, other=0.0) / total
-    tl.store(scale_ptr + rows, scale, mask=in_t)
-    for h in range(0, H, BLOCK_H):
-        cols = h + tl.arange(0, BLOCK_H)
-        inside = in_t[:, None] & (cols < H)[None, :]
-        x_rows = rows.to(tl.int64)[:, None]
-        x = tl.load(x_TH + x_rows * x_stride + cols[None, :], mask=inside, other=0.0)
-        xs = x.to(tl.float32) * scale[:, None]
-        tl.store(xs_TH + x_rows * xs_stride + cols[None, :], xs.to(x.dtype), mask=inside)
+    col = tl.load(y_ptr + rows, mask=in_t, other=-1) - first_v
+    value = tl.load(value_ptr + rows, mask=in_t, other=0.0).to(slab_TV.dtype.element_ty)
+    inside = in_t & (col >= 0) & (col < num_v)
+    tl.store(slab_TV + rows.to(tl.int64) * slab_stride + col, value, mask=inside)
 
 
 @triton.jit

@@ -6,6 +6,9 @@ Shapes: T tokens, V vocabulary, H hidden. Every matrix is row-major with unit co
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp five
+MASKED = tl.constexpr(-1e30)  # a logit that is not there
+
 
 @triton.jit
 def swizzle(tile, num_m, num_n, GROUP_M: tl.constexpr):
@@ -44,16 +47,49 @@ def load_tile(
 
 
 @triton.jit
-def apply_head(z, bias, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
+def columns(z, PARTS: tl.constexpr):
+    """An accumulator as PARTS (1, 2 or 4) tensors of neighbouring columns, left to right.
+
+    An epilogue that works on one part at a time needs registers for the temporaries of that part
+    only. The split is free: columns lie in a thread's own registers.
+    """
+    if PARTS == 1:
+        return (z,)
+    else:
+        halves = tl.reshape(z, (z.shape[0], 2, z.shape[1] // 2))
+        left, right = tl.split(tl.permute(halves, (0, 2, 1)))
+        if PARTS == 2:
+            return (left, right)
+        else:
+            return columns(left, 2) + columns(right, 2)
+
+
+@triton.jit
+def apply_head(
+    z, bias, logit_scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr,
+):  # fmt: skip
     """Raw products -> (logits, d logit / d capped argument). bias broadcasts against z.
 
     z = softcap * tanh((x.w * logit_scale + bias) / softcap). With e = exp(-2|a|), tanh|a| =
     (1 - e) / (1 + e) and 1 - tanh^2 = 4 e / (1 + e)^2: neither overflows nor cancels at the ends.
+    A bias of -inf (a masked token) becomes MASKED, so that 0 * z is 0 and not NaN.
     """
-    z = z * logit_scale + bias
     slope = 1.0
+    if HAS_SCALE:
+        z = z * logit_scale
+    if HAS_BIAS:
+        z = tl.maximum(z + bias, MASKED)
     if HAS_SOFTCAP:
-        e = tl.exp(-2.0 * tl.abs(z) / softcap)
-        z = softcap * tl.where(z < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
-        slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
+        e = tl.exp2(tl.abs(z) * (-2.0 * LOG2E / softcap))
+        r = 1.0 / (1.0 + e)
+        z = tl.where(z < 0, -softcap, softcap) * ((1.0 - e) * r)
+        slope = 4.0 * e * (r * r)
     return z, slope
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 for x <= 0, without cancellation at 0."""
+    series = x * (1.0 + x / 2.0 * (1.0 + x / 3.0 * (1.0 + x / 4.0)))
+    return tl.where(x > -0.03, series, tl.exp(x) - 1.0)

@@ -29,8 +29,8 @@ import triton
 from torch import Tensor
 
 from redi_kernels.triton import launch, reduce
-from redi_kernels.triton.launch import Problem, Slab, Statistics
-from redi_kernels.triton.primitive import finish, running_sum, zero_gradients
+from redi_kernels.triton.launch import Fused, Problem, Slab, Statistics
+from redi_kernels.triton.primitive import running_sum, zero_gradients
 
 LIMIT = 40.0  # exp(40) = 2e17: far inside the range of fp32 and bf16, scaled by any sane weight
 
@@ -76,29 +76,21 @@ def scaled_softmax(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Slab g, row scales s and s * x of one chunk; fills logp_T."""
     T, V, H = chunk.sizes
-    config, x = chunk.config, chunk.x_TH
-    has_softcap, softcap = chunk.softcap is not None, chunk.softcap or 0.0
-    block_t, block_h = 16, 128
-    grid = (triton.cdiv(T, block_t),)
-
-    c_T, log_z_T, scale_T = chunk.new(T), chunk.new(T), chunk.new(T)
-    reduce.anchor_kernel[grid](
+    x = chunk.x_TH
+    c_T, scale_T, patch_T = chunk.new(T), chunk.new(T), chunk.new(T)
+    reduce.anchor_kernel[(triton.cdiv(T, 16),)](
         x, chunk.w_VH, chunk.y_T, chunk.bias_V, c_T, T, H, x.stride(0), chunk.w_VH.stride(0),
-        chunk.logit_scale, softcap, BLOCK_T=block_t, BLOCK_H=block_h,
-        HAS_BIAS=chunk.bias_V is not None, HAS_SOFTCAP=has_softcap,
+        chunk.logit_scale, chunk.softcap or 0.0, BLOCK_T=16, BLOCK_H=128,
+        HAS_BIAS=chunk.bias_V is not None, HAS_SOFTCAP=chunk.softcap is not None,
     )  # fmt: skip
     slab_TV, stats = chunk.slab(V), Statistics.empty(chunk, entropy=False)
     launch.logits(chunk, stats, Slab(slab_TV, c_T))
-    active = chunk.new(triton.cdiv(T, config.logits.m), dtype=torch.int32)
-    finish(chunk, stats, logp_T, log_z_T, c_T=c_T, active=active, limit=LIMIT)
+    active = chunk.new(triton.cdiv(T, chunk.config.logits.m), dtype=torch.int32)
+    rows = Fused(weight_T, c_T, active, scale_T, patch_T, LIMIT)
+    launch.finish(chunk, stats, logp_T, fused=rows)
     launch.logits(chunk, slab=Slab(slab_TV, c_T, active=active))
-    xs_TH, pm1_T = torch.empty_like(x), logp_T.expm1()
-    reduce.patch_kernel[grid](
-        slab_TV, x, xs_TH, chunk.y_T, weight_T, stats.target_T, pm1_T, log_z_T, scale_T,
-        T, H, x.stride(0), xs_TH.stride(0), slab_TV.stride(0), softcap,
-        BLOCK_T=block_t, BLOCK_H=block_h, HAS_SOFTCAP=has_softcap,
-    )  # fmt: skip
-    return slab_TV, scale_T, xs_TH
+    launch.patch(chunk, slab_TV, patch_T, 0, V)
+    return slab_TV, scale_T, (x * scale_T[:, None]).to(x.dtype)
 
 
 def chunk_tokens(problem: Problem) -> int:
