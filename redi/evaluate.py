@@ -102,13 +102,14 @@ def _load(name: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from redi.model import load_tokenizer_from
+    from redi.model import load_tokenizer_from, no_progress_bars
 
     tokenizer = load_tokenizer_from(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     try:
-        lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        with no_progress_bars():
+            lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise RediError(
             f"{name}: no model could be loaded ({str(error).splitlines()[0]})"

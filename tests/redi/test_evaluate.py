@@ -108,36 +108,60 @@ def test_a_right_answer_that_was_not_ended_is_wrong(model, config, tmp_path, mon
     assert evaluate(model, config, tmp_path / "finished").pass_at_1 == 1
 
 
-@pytest.mark.parametrize("batches", [0, 1, 3])
-@pytest.mark.parametrize("debris", ["", '{"problem": 1, "id', "half a batch"])
-def test_killed_and_resumed_equals_uninterrupted(
-    model, config, tmp_path, monkeypatch, no_algebra, batches, debris
-):
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the batches generated; `calls.limit` kills the evaluation at the one after."""
+    real = redi.generate.generate
+
+    class Calls:
+        count, limit = 0, 1000
+
+        def __call__(self, *args, **kwargs):
+            self.count += 1
+            if self.count > self.limit:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+    monkeypatch.setattr(redi.generate, "generate", Calls())
+    return redi.generate.generate
+
+
+def test_killed_and_resumed_equals_uninterrupted(model, config, tmp_path, no_algebra, calls):
     evaluate(model, config, tmp_path / "whole")
-    real, calls = redi.generate.generate, 0
-
-    def killed(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls > batches:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(redi.generate, "generate", killed)
+    assert calls.count == 4  # 7 problems x 3 samples in batches of 6
+    calls.count, calls.limit = 0, 2
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, config, tmp_path / "killed")
-    monkeypatch.setattr(redi.generate, "generate", real)
-    generations = tmp_path / "killed" / "generations.jsonl"
-    assert len(read(tmp_path / "killed")) == 6 * batches
-    if debris == "half a batch":
-        written = (tmp_path / "whole" / "generations.jsonl").read_text().splitlines(keepends=True)
-        debris = "".join(written[6 * batches : 6 * batches + 3])
-    generations.open("a").write(debris)
-
+    assert len(read(tmp_path / "killed")) == 12
+    calls.count, calls.limit = 0, 1000
     evaluate(model, config, tmp_path / "killed")
+    assert calls.count == 2
+    assert_same_files(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize(
+    ("rows", "more_bytes", "batches_left"),
+    [(0, 0, 4), (0, 7, 4), (12, 0, 2), (12, 7, 2), (15, 0, 2), (20, 0, 1), (20, 7, 1), (21, 0, 0)],
+)
+def test_a_write_cut_at_any_byte_is_made_up_for(
+    model, config, tmp_path, no_algebra, calls, rows, more_bytes, batches_left
+):
+    """Half a batch is made again whole: the same batches, and so the same rounding."""
+    evaluate(model, config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    (tmp_path / "cut" / "metrics.json").unlink()
+    file = tmp_path / "cut" / "generations.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:rows]) + b"".join(lines[rows:])[:more_bytes])
+    calls.count = 0
+    evaluate(model, config, tmp_path / "cut")
+    assert calls.count == batches_left
+    assert_same_files(tmp_path / "whole", tmp_path / "cut")
+
+
+def assert_same_files(a, b):
     for name in ("generations.jsonl", "metrics.json"):
-        whole, resumed = (tmp_path / run / name for run in ("whole", "killed"))
-        assert resumed.read_bytes() == whole.read_bytes()
+        assert (a / name).read_bytes() == (b / name).read_bytes()
 
 
 def test_batch_size_changes_no_sample(model, config, tmp_path, no_algebra):
