@@ -15,8 +15,10 @@ from redi.data.tokenize import Tokenized
 from redi.errors import RediError
 
 RESULT = "train_result.json"
-# Settings that change at most rounding: free to differ before and after an interruption.
+# Free to differ before and after an interruption: what changes at most rounding, and paths, since
+# what is read from them is part of the identity itself (and folders may be moved).
 FREE = {
+    "model_name_or_path", "tokenizer_name_or_path", "dataset_name", "chat_template",
     "output_dir", "logging_steps", "save_steps", "save_total_limit", "resume_from_checkpoint",
     "max_tokens_per_batch", "gradient_checkpointing", "expected_examples",
 }  # fmt: skip
@@ -46,7 +48,7 @@ def check_same(where: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> No
     """Raises RediError that names what differs between the run found at `where` and this one."""
     # A field that a newer version added had its default's effect when `saved` was written.
     saved = {k: f.default for k, f in TrainConfig.model_fields.items() if k in wanted} | saved
-    differ = [k for k in {**saved, **wanted} if saved.get(k) != wanted.get(k)]
+    differ = [key for key, value in wanted.items() if saved.get(key) != value]
     if not differ:
         return
     key = differ[0]

@@ -16,13 +16,16 @@ class Schedule:
         wanted = math.ceil(config.num_train_epochs * self.steps_per_epoch)
         self.total_steps = config.max_steps if config.max_steps > 0 else wanted
         self.warmup_steps = math.ceil(config.warmup_ratio * self.total_steps)
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)  # the last epoch asked for
 
     def examples(self, step: int) -> list[int]:
         """The examples of 0-based `step`; an epoch's last step holds what is left over."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self.config.seed, epoch]).permutation(self.num_examples)
+        if self._epoch != epoch:
+            generator = np.random.default_rng([self.config.seed, epoch])
+            self._epoch, self._order = epoch, generator.permutation(self.num_examples)
         size = self.config.train_batch_size
-        return order[position * size : (position + 1) * size].tolist()
+        return self._order[position * size : (position + 1) * size].tolist()
 
     def learning_rate(self, step: int) -> float:
         """Warm-up to the peak, then decay towards 0. As transformers' schedules of the same names,
