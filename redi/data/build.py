@@ -7,6 +7,7 @@ for every trace. Reads row by row; the same input gives the same bytes.
 
 import json
 import os
+import shutil
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -89,26 +90,31 @@ def build(
         raise RediError("max_length and max_prompt_length count tokens: give a tokenizer")
     builder = _Builder(config, tokenizer)
     folder = Path(output_dir)
+    aside = folder / ".building"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+        aside.mkdir(parents=True)
         with (
-            Table(folder / "positives.parquet", ("completion",)) as positives,
-            Table(folder / "pairs.parquet", ("chosen", "rejected")) as pairs,
+            Table(aside / "positives.parquet", ("completion",)) as positives,
+            Table(aside / "pairs.parquet", ("chosen", "rejected")) as pairs,
             Verifier(num_workers=config.num_workers, timeout=config.verify_timeout) as verifier,
         ):
             tables = {"positives": positives, "pairs": pairs}
             for where, name, example in builder.run(verifier, progress):
                 tables[name].write(example, where)
             report = builder.finish()
-            content = json.dumps(asdict(report), indent=1)
-            publish(
-                list(tables.values()),
-                {folder / "report.txt": report.text(), folder / "report.json": content},
-            )
+            for table in tables.values():
+                table.finish()
+        (aside / "report.txt").write_text(report.text() + "\n", encoding="utf-8")
+        (aside / "report.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
+        names = ["positives.parquet", "pairs.parquet", "report.txt", "report.json"]
+        publish(aside, folder, names)
     except OSError as error:
         raise RediError(
             f"{folder}: cannot be written: {error}; put it right and run again"
         ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return report
 
 
@@ -192,7 +198,7 @@ class _Builder:
         self.counts["traces read"] += num
         if not problem.is_valid:
             reason = "problem_is_valid is not yes"
-        elif not problem.prompt or not str(problem.prompt).strip():
+        elif not str(problem.prompt).strip():
             reason = "empty problem"
         elif num == 0:
             reason = "no generations"
@@ -268,18 +274,18 @@ class _Builder:
         self, example: Example, where: str, is_labelled: bool
     ) -> Iterator[tuple[str, Example]]:
         """A ready row. A lone trace is for pairs.parquet if it is rejected or carries a label."""
-        sides = [("correct", example.chosen), ("incorrect", example.rejected)]
-        given = [(outcome, text) for outcome, text in sides if text is not None]
         is_pair = is_labelled or example.rejected is not None
         self.wants_pairs |= is_pair
-        self.counts["traces read"] += len(given)
-        measured = [self._measure(example.prompt, text, where) for _, text in given]
+        sides = example.sides
+        self.counts["traces read"] += len(sides)
+        measured = [self._measure(example.prompt, text, where) for _, text in sides]
         reason = next((reason for _, reason in measured if reason), None)
         if reason:
             self._drop(self.report.dropped_rows, reason, where)
-            self._drop(self.report.dropped_traces, f"row dropped: {reason}", where, len(given))
+            self._drop(self.report.dropped_traces, f"row dropped: {reason}", where, len(sides))
             return
-        for (outcome, _), (length, _) in zip(given, measured, strict=True):
+        for (is_chosen, _), (length, _) in zip(sides, measured, strict=True):
+            outcome = "correct" if is_chosen else "incorrect"
             self.counts[f"traces {outcome}"] += 1
             self._record(outcome, length)
         if example.chosen is not None:

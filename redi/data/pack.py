@@ -7,6 +7,7 @@ pack only decides what is in memory at once.
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +32,12 @@ class Pack:
 
     def to(self, device: torch.device | str) -> "Pack":
         """The same pack with its tensors on `device`."""
-        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
     def without_targets(self) -> "Pack":
         """The same tokens, none of them trained."""

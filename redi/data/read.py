@@ -40,6 +40,12 @@ class Example:
     answer: str | None = None
     source: str | None = None
 
+    @property
+    def sides(self) -> list[tuple[bool, str]]:
+        """(is it the chosen one?, text) of the completions there are, chosen first."""
+        sides = ((True, self.chosen), (False, self.rejected))
+        return [(is_chosen, text) for is_chosen, text in sides if text is not None]
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -89,12 +95,6 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from (_read_parquet if file.suffix == ".parquet" else _read_jsonl)(file, name)
 
 
-def read_problems(path: str | Path) -> Iterator[Problem]:
-    """Raw generations: OpenR1-Math-Raw or -220k, or problem, answer, generations[, verdicts]."""
-    for where, row in read_rows(path):
-        yield to_problem(row, where)
-
-
 def read_examples(path: str | Path) -> list[Example]:
     """Ready rows: prompt/chosen/rejected, prompt/completion[/label], or messages.
 
@@ -114,7 +114,8 @@ def to_item(row: dict[str, Any], where: str) -> Problem | Example:
 
 
 def to_problem(row: dict[str, Any], where: str) -> Problem:
-    """One row of raw generations. Raises RediError for a missing column or a wrong type."""
+    """One row of raw generations: OpenR1-Math-Raw's or -220k's, or problem, answer, generations and
+    perhaps verdicts. Raises RediError for a missing column or a wrong type."""
     generations = row[_column(row, where, "generations")] or []
     _check_list(generations, str, where, "generations")
     nested = row.get("correctness") or {}
@@ -186,10 +187,12 @@ def answer_of(row: dict[str, Any], where: str) -> str | None:
     value = row.get("answer")
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(int(value)) if value == int(value) else repr(value)
+    if value is None or value != value:  # NaN: pandas' null
+        return None
+    if isinstance(value, float):
+        value = int(value) if value.is_integer() else value
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
     raise RediError(f"{where}: `answer` is {_kind(value)}; expected one text or number")
 
 

@@ -157,7 +157,7 @@ class ChatFormat:
             raise RediError(f"the chat template refuses messages of {roles}: {error}") from None
 
     def _ids(self, texts: list[str], **kwargs: Any) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, **kwargs)["input_ids"]
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False, **kwargs)["input_ids"]
 
 
 def tokenize_examples(
@@ -176,30 +176,23 @@ def tokenize_examples(
     chat = ChatFormat(tokenizer)
     result = Tokenized([], [], [])
     for start in range(0, len(examples), _CHUNK):
-        chunk = list(enumerate(examples[start : start + _CHUNK], start))
-        sides = [
-            (i, example, text, is_chosen)
-            for i, example in chunk
-            for text, is_chosen in ((example.chosen, True), (example.rejected, False))
-            if text is not None
-        ]
-        traces: dict[int, list[Trace]] = {i: [] for i, _ in chunk}
-        for (i, _, _, is_chosen), (ids, num_prompt_tokens) in zip(
-            sides, _encode(chat, [(example, text) for _, example, text, _ in sides]), strict=True
-        ):
-            trace = Trace(np.array(ids, dtype=np.int32), num_prompt_tokens, is_chosen, i)
-            traces[i].append(trace)
-        for i, example in chunk:
-            texts = [text for text in (example.chosen, example.rejected) if text is not None]
-            reasons = [None if text.strip() else "empty completion" for text in texts] + [
-                over_limit(len(t.input_ids), t.num_prompt_tokens, max_length, max_prompt_length)
-                for t in traces[i]
-            ]
-            reason = next(filter(None, reasons), None)
+        chunk = examples[start : start + _CHUNK]
+        encoded = iter(_encode(chat, chunk))
+        for i, example in enumerate(chunk, start):
+            traces, reason = [], None
+            for is_chosen, text in example.sides:
+                ids, num_prompt_tokens = next(encoded)
+                ids_T = np.array(ids, dtype=np.int32)
+                traces.append(Trace(ids_T, num_prompt_tokens, is_chosen, i))
+                if not text.strip():
+                    reason = "empty completion"
+                reason = reason or over_limit(
+                    len(ids), num_prompt_tokens, max_length, max_prompt_length
+                )
             if reason:
                 result.dropped.append(Dropped(example.id, reason))
             else:
-                result.traces.append(traces[i])
+                result.traces.append(traces)
                 result.example_ids.append(example.id)
     if not result.traces:
         counts = Counter(dropped.reason for dropped in result.dropped)
@@ -210,16 +203,14 @@ def tokenize_examples(
     return result
 
 
-def _encode(chat: ChatFormat, sides: list[tuple[Example, str]]) -> list[tuple[list[int], int]]:
+def _encode(chat: ChatFormat, examples: Sequence[Example]) -> list[tuple[list[int], int]]:
+    """Every side of every example."""
     try:
-        return chat.encode_many([(example.prompt, text) for example, text in sides])
-    except RediError:
-        for example, text in sides:  # once more, one at a time, to name the example
-            try:
-                chat.encode(example.prompt, text)
-            except RediError as error:
-                raise RediError(f"example {example.id}: {error}") from None
-        raise
+        return chat.encode_many([(e.prompt, text) for e in examples for _, text in e.sides])
+    except RediError as error:
+        if len(examples) == 1:
+            raise RediError(f"example {examples[0].id}: {error}") from None
+        return [pair for example in examples for pair in _encode(chat, [example])]  # to name it
 
 
 def over_limit(

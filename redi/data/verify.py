@@ -162,10 +162,8 @@ class _Worker:
         self._process.wait()
 
     def close(self) -> None:
-        self.kill()
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
-            with contextlib.suppress(OSError):  # unsent text of a dead worker
-                pipe.close()  # type: ignore[union-attr]
+        with contextlib.suppress(OSError), self._process:  # OSError: text a dead worker never read
+            self._process.kill()
 
     def _read_line(self, timeout: float) -> str:
         """The next line; "" if none came in time, and then the process is dead."""

@@ -7,10 +7,10 @@ import pytest
 
 from redi.data.read import (
     Example,
+    answer_of,
     find_files,
     make_prompt,
     read_examples,
-    read_problems,
     read_rows,
     to_item,
 )
@@ -77,7 +77,8 @@ def test_blank_lines_count_as_lines(tmp_path):
 
 
 def test_raw_row_of_openr1_math_raw(tmp_path):
-    [problem] = read_problems(write(tmp_path / "raw.parquet", [RAW]))
+    [(where, row)] = read_rows(write(tmp_path / "raw.parquet", [RAW]))
+    problem = to_item(row, where)
     assert (problem.id, problem.prompt, problem.answer) == ("a-1", "1+1?", "2")
     assert problem.generations == ["2", "3"]
     assert problem.judgments == {"llama": [True, None], "math_verify": [True, False]}
@@ -108,6 +109,14 @@ def test_plain_raw_row(name):
 )
 def test_problem_is_valid(given, valid):
     assert to_item(RAW | {"problem_is_valid": given}, "x").is_valid is valid
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [(7, "7"), (7.0, "7"), (0.5, "0.5"), (["7"], "7"), (float("nan"), None), (None, None)],
+)
+def test_answers_become_text(given, answer):
+    assert answer_of({"answer": given}, "x") == answer
 
 
 def test_null_problem_and_generations_are_left_to_build():
