@@ -109,7 +109,7 @@ def _load(name: str) -> tuple[Any, Any]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     try:
         with no_progress_bars():
-            lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+            lm: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise RediError(
             f"{name}: no model could be loaded ({str(error).splitlines()[0]})"
@@ -257,7 +257,7 @@ def _fingerprint(
 ) -> str:
     digest = hashlib.sha256()
     settings = config.model_dump(exclude=SPEED_FIELDS | {"dataset_name", "pairs_name"})
-    content = [settings, *map(dataclasses.asdict, [*questions, *pairs])]
+    content = [settings, *(dataclasses.asdict(row) for row in [*questions, *pairs])]
     digest.update(json.dumps(content, sort_keys=True).encode())
     folder = Path(name)
     if not folder.is_dir():
