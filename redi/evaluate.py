@@ -257,7 +257,8 @@ def _fingerprint(
 ) -> str:
     digest = hashlib.sha256()
     settings = config.model_dump(exclude=SPEED_FIELDS | {"dataset_name", "pairs_name"})
-    content = [settings, *(dataclasses.asdict(row) for row in [*questions, *pairs])]
+    rows: list[Any] = [*questions, *pairs]
+    content = [settings, *map(dataclasses.asdict, rows)]
     digest.update(json.dumps(content, sort_keys=True).encode())
     folder = Path(name)
     if not folder.is_dir():
