@@ -5,6 +5,7 @@ of `redi_kernels`, so the [T, V] logits never exist.
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -97,13 +98,16 @@ def load_tokenizer(config: TrainConfig) -> Any:
 
 def load_tokenizer_from(name: str, **options: Any) -> Any:
     """The tokenizer in a folder or under a hub name. Raises RediError when there is none."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = Path(name)
     why = "no tokenizer.json, tokenizer_config.json or tokenizer.model in it"
     if not folder.is_dir() or any((folder / file).exists() for file in TOKENIZER_FILES):
         try:
-            return AutoTokenizer.from_pretrained(name, **options)
+            # Beside a Qwen2 config.json, AutoTokenizer splits text by Qwen2's rules, whatever a
+            # tokenizer.json of one's own says: stage 2 would read other ids than stage 1.
+            loader = PreTrainedTokenizerFast if _is_generic(folder) else AutoTokenizer
+            return loader.from_pretrained(name, **options)
         except (OSError, ValueError, KeyError, TypeError) as error:
             why = _first_line(error)
     # From a folder that has only config.json, transformers would make an empty tokenizer.
@@ -111,6 +115,15 @@ def load_tokenizer_from(name: str, **options: Any) -> Any:
         f"{name}: no tokenizer could be loaded ({why}); "
         "set tokenizer_name_or_path to a folder or hub name that has one"
     )
+
+
+def _is_generic(folder: Path) -> bool:
+    """Whether tokenizer.json alone says what the tokenizer does."""
+    file = folder / "tokenizer_config.json"
+    if not (file.exists() and (folder / "tokenizer.json").exists()):
+        return False
+    named = json.loads(file.read_text()).get("tokenizer_class")
+    return named in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def load_model_config(config: TrainConfig) -> Any:

@@ -15,6 +15,7 @@ from redi.config import EvalConfig
 from redi.data.tokenize import ChatFormat
 from redi.errors import RediError
 from redi.evaluate import evaluate
+from redi.model import load_tokenizer_from
 from redi.results import load_result
 
 QUESTIONS = [
@@ -25,7 +26,7 @@ QUESTIONS = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    make_lm("llama", scale=2.0).save_pretrained(folder)
+    make_lm("qwen2", scale=2.0).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 
@@ -193,7 +194,7 @@ def test_finished_is_skipped_and_what_changed_is_redone(
 
     evaluate(copy, changed(config, temperature=0.5), tmp_path / "out")
     assert len(loads) == 1
-    make_lm("llama", seed=9, scale=2.0).save_pretrained(copy)
+    make_lm("qwen2", seed=9, scale=2.0).save_pretrained(copy)
     evaluate(copy, changed(config, temperature=0.5), tmp_path / "out")
     assert len(loads) == 2
     write_jsonl(tmp_path / "test.jsonl", QUESTIONS[:5])
@@ -212,7 +213,7 @@ def test_held_out_pairs_are_scored_as_the_models_own_logits_say(
     result = evaluate(model, config, tmp_path / "out")
     assert result.pairs.ids == ("sum-0", "sum-1", "sum-2", "sum-4")
 
-    lm, chat = make_lm("llama", scale=2.0), ChatFormat(make_tokenizer())
+    lm, chat = make_lm("qwen2", scale=2.0), ChatFormat(make_tokenizer())
     for i, row in enumerate(row for row in rows if "rejected" in row):
         for side, got in (("chosen", result.pairs.chosen_P), ("rejected", result.pairs.rejected_P)):
             ids, start = chat.encode(row["prompt"], row[side][0]["content"])
@@ -229,7 +230,7 @@ def test_held_out_pairs_are_scored_as_the_models_own_logits_say(
 
 def test_a_base_models_prompt_is_plain_text(config, tmp_path, monkeypatch):
     base = tmp_path / "base"
-    make_lm("llama").save_pretrained(base)
+    make_lm("qwen2").save_pretrained(base)
     make_tokenizer(template=None).save_pretrained(base)
     seen = []
     script(monkeypatch, lambda prompt: seen.append(prompt) or "####0")
@@ -272,6 +273,14 @@ def test_a_model_folder_without_tokenizer_is_named(model, config, tmp_path):
         shutil.copy(model / name, bare)
     with pytest.raises(RediError, match=f"{bare}: no tokenizer"):
         evaluate(bare, config, tmp_path / "out")
+
+
+def test_a_tokenizer_of_ones_own_is_not_taken_for_qwens(model):
+    """AutoTokenizer's rules for Qwen2 lose the spaces of a tokenizer that has tokens for them."""
+    tokenizer = load_tokenizer_from(str(model))
+    ids = tokenizer("so 1 b", add_special_tokens=False)["input_ids"]
+    assert ids == make_tokenizer()("so 1 b", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == "so 1 b"
 
 
 def test_a_folder_without_weights_is_named(model, config, tmp_path):
