@@ -15,6 +15,7 @@ from statistics import mean, stdev
 from redi.config import RunConfig, load_config
 from redi.data.arithmetic import is_leap
 from redi.monitor import read_metrics
+from redi.report import Table
 from redi.results import EvalResult, load_result, paired_difference
 from redi.run import run
 
@@ -42,54 +43,43 @@ def main() -> None:
 def table(title: str, models: list[str], baseline: str, folders: list[Path]) -> str:
     """Markdown: means over seeds with 95% t-intervals, then each seed with its own interval."""
     results = {m: [load_result(folder / "eval" / m) for folder in folders] for m in models}
-    first = results[baseline][0].correct_PN.shape
-    lines = [
-        f"### {title}: {len(folders)} seeds, {first[0]} held-out problems x {first[1]} samples",
-        "",
-        f"| model | pass@1 | minus {baseline} | leaps | tokens | logps/chosen | logps/rejected |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    means, seeds = [], []
     for model in models:
-        accuracy = [r.pass_at_1 for r in results[model]]
-        against = [
-            a.pass_at_1 - b.pass_at_1
-            for a, b in zip(results[model], results[baseline], strict=True)
-        ]
+        pairs = list(zip(results[model], results[baseline], strict=True))
         last = [read_metrics(folder / model / "metrics.jsonl")[-1] for folder in folders]
-        cells = [
+        means.append([
             model,
-            interval(accuracy),
-            "" if model == baseline else interval(against, sign=True),
+            interval([a.pass_at_1 for a, _ in pairs]),
+            interval([a.pass_at_1 - b.pass_at_1 for a, b in pairs]) if model != baseline else "",
             f"{mean(leaps(folder / 'eval' / model) for folder in folders):.2f}",
-            f"{mean(float(r.num_tokens_PN.mean()) for r in results[model]):.1f}",
+            f"{mean(float(a.num_tokens_PN.mean()) for a, _ in pairs):.1f}",
             *(
-                f"{mean(row[key] for row in last):.3f}" if key in last[0] else ""
+                f"{mean(row[key] for row in last):.2f}" if key in last[0] else ""
                 for key in ("logps/chosen", "logps/rejected")
             ),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        f"Each seed: pass@1, and minus {baseline} with its 95% interval over problems.",
-        "",
-    ]
-    lines += ["| model | " + " | ".join(folder.name for folder in folders) + " |"]
-    lines += ["| --- |" + " --- |" * len(folders)]
-    for model in models:
-        cells = [
-            each(a, b, model != baseline)
-            for a, b in zip(results[model], results[baseline], strict=True)
-        ]
-        lines.append(f"| {model} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        ])  # fmt: skip
+        seeds.append([model, *(each(a, b, model != baseline) for a, b in pairs)])
+    problems, samples = results[baseline][0].correct_PN.shape
+    over_seeds = Table(
+        ["model", "pass@1", f"minus {baseline}", "leaps", "tokens", "chosen", "rejected"],
+        means,
+        f"{len(folders)} seeds, {problems} held-out problems x {samples} samples each; ± is a 95% "
+        "t-interval over seeds. leaps: share of samples that take two terms in a step. chosen, "
+        "rejected: log-probs per token of the last training step.",
+    )
+    by_seed = Table(
+        ["model", *(folder.name for folder in folders)],
+        seeds,
+        f"pass@1 (95% bootstrap interval over problems of the difference to {baseline})",
+    )
+    return f"### {title}\n\n{over_seeds.markdown()}\n{by_seed.markdown()}"
 
 
-def interval(values: list[float], *, sign: bool = False) -> str:
+def interval(values: list[float]) -> str:
     """Mean over seeds and the half-width of its 95% t-interval."""
-    shown = f"{mean(values):+.3f}" if sign else f"{mean(values):.3f}"
     if len(values) < 2:
-        return shown
-    return f"{shown} ± {T975[len(values) - 1] * stdev(values) / sqrt(len(values)):.3f}"
+        return f"{mean(values):.3f}"
+    return f"{mean(values):.3f} ± {T975[len(values) - 1] * stdev(values) / sqrt(len(values)):.3f}"
 
 
 def each(result: EvalResult, baseline: EvalResult, compare: bool) -> str:
