@@ -128,7 +128,10 @@ def _build_data(job: Job) -> None:
         with file.open("rb") as content:
             while block := content.read(1 << 24):
                 digest.update(block)
-    identity = {"data": job.data.model_dump(exclude={"num_workers"}), "input": digest.hexdigest()}
+    identity = {
+        "data": job.data.model_dump(exclude={"path", "num_workers"}),
+        "input": digest.hexdigest(),
+    }
     _once(
         job.data_dir,
         identity,
