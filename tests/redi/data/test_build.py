@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -361,3 +362,25 @@ def test_full_disk_leaves_the_old_files(tmp_path):
     )
     assert result.stderr.startswith(f"user error: {tmp_path / 'out'}: cannot be written")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_files_of_two_builds_are_never_taken_for_one(tmp_path, monkeypatch):
+    """Interrupted between two renames, the folder has no report.json."""
+    run(tmp_path, [raw(["####2", "####3"])])
+    replace = os.replace
+
+    def replace_once(source, target):
+        if target.name == "pairs.parquet":
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_once)
+    with pytest.raises(RediError, match="No space left on device"):
+        run(tmp_path, [raw(["####2", "####3"])] * 2)
+    assert not (tmp_path / "out" / "report.json").exists()
+    monkeypatch.undo()
+    (tmp_path / "out" / ".building").mkdir()  # what a killed build leaves
+    (tmp_path / "out" / ".building" / "pairs.parquet").write_text("half")
+    run(tmp_path, [raw(["####2", "####3"])] * 2)
+    assert len(texts(tmp_path, "pairs")) == 2
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == OUTPUTS
