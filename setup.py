@@ -29,6 +29,7 @@ EXTRAS["dev"] = [
     "mypy",
     "pytest>=8",
     "pytest-benchmark",
+    "pytest-xdist",
     "ruff",
     "setuptools>=77",  # the wheel test builds without isolation
     "types-PyYAML",
