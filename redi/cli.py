@@ -92,9 +92,12 @@ def data_build(
 ) -> None:
     """Raw generations (or ready rows) to positives.parquet, pairs.parquet and a report."""
     from redi.data.build import build
+    from redi.monitor import ticker
 
     settings = _config(DataConfig, config, context.args)
-    print(build(settings, output_dir, tokenizer=_tokenizer(tokenizer)).text())
+    rows = ticker("rows read")
+    report = build(settings, output_dir, tokenizer=_tokenizer(tokenizer), progress=rows)
+    print(report.text())
 
 
 def _tokenizer(name: str | None) -> Any:

@@ -7,6 +7,7 @@ calls them on the main rank only.
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -128,6 +129,19 @@ class Progress(Callback):
         if self.bar is not None:
             self.bar.update(self.task, completed=state.step)
             self.bar.stop()
+
+
+def ticker(label: str, every: float = 10.0) -> Callable[[int], None]:
+    """Prints "{label}  {count}" at most every so many seconds: for work of unknown length."""
+    printed = time.monotonic()
+
+    def tick(count: int) -> None:
+        nonlocal printed
+        if time.monotonic() - printed >= every:
+            printed = time.monotonic()
+            print(f"{label}  {count:,}", file=sys.stderr, flush=True)
+
+    return tick
 
 
 def _clock(seconds: float) -> str:

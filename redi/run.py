@@ -24,6 +24,7 @@ from typing import Any
 from redi.config import DataConfig, EvalConfig, RunConfig, TrainConfig, load_config, make_config
 from redi.errors import RediError
 from redi.evaluate import EvalResult, evaluate
+from redi.monitor import ticker
 from redi.report import write_report
 
 DONE = "done.json"
@@ -132,11 +133,13 @@ def _build_data(job: Job) -> None:
         "data": job.data.model_dump(exclude={"path", "num_workers"}),
         "input": digest.hexdigest(),
     }
-    _once(
-        job.data_dir,
-        identity,
-        lambda: print(build(job.data, job.data_dir, tokenizer=tokenizer).text(), flush=True),
-    )
+
+    def work() -> None:
+        rows = ticker("rows read")
+        report = build(job.data, job.data_dir, tokenizer=tokenizer, progress=rows)
+        print(report.text(), flush=True)
+
+    _once(job.data_dir, identity, work)
 
 
 def _once(folder: Path, identity: dict[str, Any], work: Callable[[], Any]) -> None:
