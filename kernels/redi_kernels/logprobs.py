@@ -303,10 +303,10 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
     factor = factor.reshape(1)  # a 0-dim tensor would first be rounded to bf16, for all alike
     if torch.compiler.is_compiling():
         return (grad * factor).to(grad.dtype)
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        grad = grad.clone()  # another backward will want the saved one as it is
     if _has_values(factor) and factor.device.type == "cpu" and factor == 1:
         return grad
-    if torch._C._autograd._get_current_graph_task_keep_graph():
-        grad = grad.clone()
     for rows in grad.split(4096):  # on CPU the wider product is a temporary
         rows.mul_(factor)
     return grad
@@ -332,11 +332,10 @@ _NEEDS = "bool need_x, bool need_w, bool need_bias"
     schema=f"(Tensor x, Tensor w, Tensor y, {_HEAD}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _logprobs(x_TH, w_VH, y_T, bias, softcap, logit_scale, ignore_index, backend):
-    with torch.autocast(x_TH.device.type, enabled=False):
-        valid = _Valid(y_T, ignore_index, len(w_VH))
-        head = Head(bias, softcap, logit_scale)
-        out = _load(backend).forward(valid.take(x_TH), w_VH, valid.y_N, head)
-        return tuple(valid.put(v_N) for v_N in out)
+    valid = _Valid(y_T, ignore_index, len(w_VH))
+    head = Head(bias, softcap, logit_scale)
+    out = _load(backend).forward(valid.take(x_TH), w_VH, valid.y_N, head)
+    return tuple(valid.put(v_N) for v_N in out)
 
 
 @torch.library.custom_op(
@@ -350,14 +349,13 @@ def _logprobs_backward(
     backend, need_x, need_w, need_bias,
 ):  # fmt: skip
     needs = (need_x, need_w, need_bias)
-    with torch.autocast(x_TH.device.type, enabled=False):
-        valid = _Valid(y_T, ignore_index, len(w_VH))
-        head = Head(bias, softcap, logit_scale)
-        per_token = (valid.take(v_T) for v_T in (logp_T, lse_T, dlogp_T, dlse_T))
-        dx_NH, dw_VH, db_V = _load(backend).backward(
-            valid.take(x_TH), w_VH, valid.y_N, *per_token, head, needs
-        )
-        return _gradients(valid, x_TH, bias, dx_NH, dw_VH, db_V)
+    valid = _Valid(y_T, ignore_index, len(w_VH))
+    head = Head(bias, softcap, logit_scale)
+    per_token = (valid.take(v_T) for v_T in (logp_T, lse_T, dlogp_T, dlse_T))
+    dx_NH, dw_VH, db_V = _load(backend).backward(
+        valid.take(x_TH), w_VH, valid.y_N, *per_token, head, needs
+    )
+    return _gradients(valid, x_TH, bias, dx_NH, dw_VH, db_V)
 
 
 @torch.library.custom_op(
@@ -371,14 +369,13 @@ def _weighted(
     need_x, need_w, need_bias,
 ):  # fmt: skip
     needs = (need_x, need_w, need_bias)
-    with torch.autocast(x_TH.device.type, enabled=False):
-        valid = _Valid(y_T, ignore_index, len(w_VH))
-        head = Head(bias, softcap, logit_scale)
-        logp_N, *grads = _load(backend).weighted(
-            valid.take(x_TH), w_VH, valid.y_N, valid.take(weight_T), head, needs
-        )
-        logp_T = valid.put(logp_N)
-        return (weight_T * logp_T).sum(), logp_T, *_gradients(valid, x_TH, bias, *grads)
+    valid = _Valid(y_T, ignore_index, len(w_VH))
+    head = Head(bias, softcap, logit_scale)
+    logp_N, *grads = _load(backend).weighted(
+        valid.take(x_TH), w_VH, valid.y_N, valid.take(weight_T), head, needs
+    )
+    logp_T = valid.put(logp_N)
+    return (weight_T * logp_T).sum(), logp_T, *_gradients(valid, x_TH, bias, *grads)
 
 
 @_logprobs.register_fake

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gradcheck_tools import Problem, make_problem
-from redi_kernels import cpu, redi_loss, token_logprobs
+from redi_kernels import cpu, redi_loss, sequence_logprobs, token_logprobs
 from redi_kernels.logprobs import weighted_logprobs
 
 SHAPES = [(1100, 20, 64), (700, 517, 48), (300, 4099, 96)]
@@ -40,6 +40,21 @@ def test_a_log_prob_is_independent_of_its_batch(dtype: torch.dtype, shape: tuple
         assert torch.equal(logps(problem, slice(start, stop)), whole[:, start:stop])
 
 
+def test_independence_holds_with_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows on several threads: a reduction may then be split along the vocabulary."""
+    monkeypatch.setattr(cpu, "GROUP_BYTES", 4 * 70_000 * 4)
+    monkeypatch.setattr(cpu, "BLOCK_ROWS", (16, 16))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        problem = make_problem(19, 70_000, 16)
+        whole = logps(problem, slice(None))
+        for start, stop in ((0, 1), (16, 19), (5, 18)):
+            assert torch.equal(logps(problem, slice(start, stop)), whole[:, start:stop])
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_two_runs_are_equal(dtype: torch.dtype) -> None:
     problem = make_problem(500, 517, 48, dtype)
@@ -73,6 +88,12 @@ def test_sequence_sums_owe_nothing_to_their_neighbours() -> None:
             is_chosen_S[s : s + 1],
         )
         assert torch.equal(alone.logps_S[0], packed.logps_S[s])
+
+
+def test_long_sequences_lose_nothing_to_summation() -> None:
+    logp_T = -torch.rand(1_000_000, generator=torch.Generator().manual_seed(0))
+    got = sequence_logprobs(logp_T, torch.tensor([0, len(logp_T)])).sum_S
+    assert got.item() == pytest.approx(logp_T.double().sum().item(), rel=1e-7)
 
 
 def test_powers_of_two_scale_exactly() -> None:

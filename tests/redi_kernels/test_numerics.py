@@ -130,6 +130,30 @@ def test_logp_is_never_positive() -> None:
             assert (fused(problem).logp_T <= 0).all()
 
 
+def test_dw_accumulates_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of blocks: a bf16 sum of them would stop growing at 256 times a block's share."""
+    from redi_kernels import cpu
+
+    monkeypatch.setattr(cpu, "BLOCK_ROWS", (4, 4))
+    problem = make_problem(2000, 40, 16, torch.bfloat16, ignored=0.0)
+    problem.dlogp_T.copy_(problem.dlogp_T.abs())
+    check(problem, primitive(problem))
+    check(problem, fused(problem))
+
+
+@pytest.mark.parametrize("factor", [1 / 3, -1.003])
+def test_upstream_factor_is_not_rounded_to_bf16(factor: float) -> None:
+    """A factor rounded first would bend every element by the same 0.2%: bias, not noise."""
+    problem = make_problem(300, 200, 64, torch.bfloat16)
+    x_TH, w_VH, _ = leaves(problem)
+    total, _ = weighted_logprobs(x_TH, w_VH, problem.y_T, problem.dlogp_T, None)
+    one = torch.autograd.grad(total, (x_TH, w_VH), retain_graph=True)
+    scaled = torch.autograd.grad(total, (x_TH, w_VH), torch.tensor(factor))
+    for a, b in zip(one, scaled, strict=True):
+        a, b = a.double(), b.double()
+        assert ((a * b).sum() / (a * a).sum()).item() == pytest.approx(factor, rel=3e-4)
+
+
 def test_masked_vocabulary_by_infinite_bias() -> None:
     problem = make_problem(60, 100, 16, bias=True)
     problem.head.bias_V[50:] = -torch.inf
@@ -145,11 +169,11 @@ def test_masked_vocabulary_by_infinite_bias() -> None:
 @pytest.mark.parametrize("head", HEADS)
 def test_entropy_and_correct(dtype: torch.dtype, head: str) -> None:
     problem = make_problem(300, 211, 32, dtype, **HEADS[head])
-    out = token_logprobs(
-        problem.x_TH, problem.w_VH, problem.y_T, bias=problem.head.bias_V, **options(problem)
-    )
+    x_TH, w_VH, bias = leaves(problem)
+    out = token_logprobs(x_TH, w_VH, problem.y_T, bias=bias, **options(problem))
     wide = problem.double()
     _, _, entropy_T, correct_T = reference.token_logprobs(wide.x_TH, wide.w_VH, wide.y_T, wide.head)
+    assert out.logp_T.requires_grad and out.lse_T.requires_grad
     torch.testing.assert_close(out.entropy_T.double(), entropy_T, rtol=1e-5, atol=1e-5)
     assert torch.equal(out.correct_T, correct_T)
     assert 0.02 < correct_T[problem.y_T >= 0].float().mean() < 0.98
