@@ -46,9 +46,9 @@ def logits_kernel(
             row, col = pid_t * BLOCK_T, first_v + pid_v * BLOCK_V
             z_tile = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
             for h in range(0, H, BLOCK_H):
-                x = load_tile(x_TH, x_stride, row, h, T, H, BLOCK_T, BLOCK_H, TMA, EVEN_H)
-                w = load_tile(w_VH, w_stride, col, h, V, H, BLOCK_V, BLOCK_H, TMA, EVEN_H)
-                z_tile = tl.dot(x, w.T, z_tile, input_precision=PRECISION)
+                x = load_tile(x_TH, x_stride, row, h, T, H, BLOCK_T, BLOCK_H, False, TMA, EVEN_H)
+                w = load_tile(w_VH, w_stride, col, h, V, H, BLOCK_V, BLOCK_H, True, TMA, EVEN_H)
+                z_tile = tl.dot(x, w, z_tile, input_precision=PRECISION)
 
             rows = row + tl.arange(0, BLOCK_T)
             in_t = rows < T

@@ -33,10 +33,14 @@ def matmul_kernel(
         out_tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, num_k, BLOCK_K):
             if TRANSPOSED:
-                a = load_tile(a_ref, a_stride, k, row, padded_k, M, BLOCK_K, BLOCK_M, TMA, True).T
+                a = load_tile(
+                    a_ref, a_stride, k, row, padded_k, M, BLOCK_K, BLOCK_M, True, TMA, True
+                )
             else:
-                a = load_tile(a_ref, a_stride, row, k, M, num_k, BLOCK_M, BLOCK_K, TMA, True)
-            b = load_tile(b_KN, b_stride, first_k + k, col, K, N, BLOCK_K, BLOCK_N, TMA, EVEN_N)
+                a = load_tile(a_ref, a_stride, row, k, M, K, BLOCK_M, BLOCK_K, False, TMA, True)
+            b = load_tile(
+                b_KN, b_stride, first_k + k, col, K, N, BLOCK_K, BLOCK_N, False, TMA, EVEN_N
+            )
             out_tile = tl.dot(a, b, out_tile, input_precision=PRECISION)
 
         rows = row + tl.arange(0, BLOCK_M)

@@ -26,29 +26,33 @@ def swizzle(tile, num_m, num_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def load_tile(
-    ref, stride, row, col, num_rows, num_cols,
-    ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr, EVEN_COLS: tl.constexpr,
+    ref, stride, row, col, num_rows, num_cols, ROWS: tl.constexpr, COLS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, TMA: tl.constexpr, EVEN_COLS: tl.constexpr,
 ):  # fmt: skip
-    """`ref[row : row + ROWS, col : col + COLS]`; columns past the end read as zero.
+    """`ref[row : row + ROWS, col : col + COLS]` or its transpose; columns past the end are zero.
 
     Rows past the end are zero (TMA) or repeat the last row (pointers): callers either mask the
     result or multiply those rows by zeros, which saves a mask in every inner loop.
     """
     if TMA:
-        return ref.load([row, col])
+        tile = ref.load([row, col])
+        return tile.T if TRANSPOSED else tile
     else:
-        rows = tl.minimum(row + tl.arange(0, ROWS), num_rows - 1).to(tl.int64)
+        rows = tl.minimum(row + tl.arange(0, ROWS), num_rows - 1).to(tl.int64) * stride
         cols = col + tl.arange(0, COLS)
-        offsets = rows[:, None] * stride + cols[None, :]
+        # transposed pointers, not a transposed load: sm_80 would take the latter through registers
+        offsets = cols[:, None] + rows[None, :] if TRANSPOSED else rows[:, None] + cols[None, :]
         if EVEN_COLS:
             return tl.load(ref + offsets)
         else:
-            return tl.load(ref + offsets, mask=(cols < num_cols)[None, :], other=0.0)
+            inside = cols < num_cols
+            mask = inside[:, None] if TRANSPOSED else inside[None, :]
+            return tl.load(ref + offsets, mask=mask, other=0.0)
 
 
 @triton.jit
 def columns(z, PARTS: tl.constexpr):
-    """An accumulator as PARTS (1, 2 or 4) tensors of neighbouring columns, left to right.
+    """An accumulator as PARTS (a power of two) tensors of neighbouring columns, left to right.
 
     An epilogue that works on one part at a time needs registers for the temporaries of that part
     only. The split is free: columns lie in a thread's own registers.
@@ -58,10 +62,7 @@ def columns(z, PARTS: tl.constexpr):
     else:
         halves = tl.reshape(z, (z.shape[0], 2, z.shape[1] // 2))
         left, right = tl.split(tl.permute(halves, (0, 2, 1)))
-        if PARTS == 2:
-            return (left, right)
-        else:
-            return columns(left, 2) + columns(right, 2)
+        return columns(left, PARTS // 2) + columns(right, PARTS // 2)
 
 
 @triton.jit
