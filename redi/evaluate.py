@@ -59,7 +59,7 @@ def evaluate(
 
     A finished evaluation of the same model files, data and settings is only read. Computes in
     float32 on a CPU, bfloat16 on CUDA. Raises RediError for bad data, a folder without a model or
-    tokenizer, and problems longer than the model's context.
+    tokenizer, problems longer than the model's context, a full disk, and a full memory.
     """
     name, folder = os.fspath(model_name_or_path), Path(output_dir)
     questions = read_questions(config)
@@ -67,13 +67,18 @@ def evaluate(
     fingerprint = _fingerprint(name, config, questions, pairs)
     if _read_json(folder / "metrics.json").get("fingerprint") == fingerprint:
         return load_result(folder)
-    _start(folder, {"fingerprint": fingerprint, "model": name, "config": config.model_dump()})
     lm, tokenizer = _load(name)
-    _sample(lm, tokenizer, questions, config, folder / "generations.jsonl")
-    if pairs:
-        _score_pairs(lm, tokenizer, pairs, config, folder / "pairs.jsonl")
-    result = read_result(folder, name)
-    _write_json(folder / "metrics.json", {**result.metrics(), "fingerprint": fingerprint})
+    try:
+        _start(folder, {"fingerprint": fingerprint, "model": name, "config": config.model_dump()})
+        _sample(lm, tokenizer, questions, config, folder / "generations.jsonl")
+        if pairs:
+            _score_pairs(lm, tokenizer, pairs, config, folder / "pairs.jsonl")
+        result = read_result(folder, name)
+        _write_json(folder / "metrics.json", {**result.metrics(), "fingerprint": fingerprint})
+    except OSError as error:
+        raise RediError(
+            f"{folder}: cannot be written: {error}; put it right and run again"
+        ) from error
     return result
 
 
@@ -122,6 +127,8 @@ def _sample(
 ) -> None:
     """Appends the samples that `file` lacks. Its order is fixed: long prompts first, so that memory
     runs out at once if it does, and prompts of one length side by side."""
+    import torch
+
     from redi.data.tokenize import ChatFormat
     from redi.data.verify import Verifier
     from redi.generate import generate
@@ -138,18 +145,25 @@ def _sample(
     with (
         _progress("samples", len(items), done) as advance,
         Verifier(num_workers=config.num_workers, timeout=config.verify_timeout) as verifier,
-        file.open("a") as output,
+        file.open("a", encoding="utf-8") as output,
     ):
         for start in range(done, len(items), config.batch_size):
             batch = items[start : start + config.batch_size]
-            completions = generate(
-                lm,
-                [prompts[problem] for problem, _ in batch],
-                _uniforms(config, batch),
-                stop_ids=chat.eos_token_ids,
-                temperature=config.temperature,
-                top_p=config.top_p,
-            )
+            try:
+                completions = generate(
+                    lm,
+                    [prompts[problem] for problem, _ in batch],
+                    _uniforms(config, batch),
+                    stop_ids=chat.eos_token_ids,
+                    temperature=config.temperature,
+                    top_p=config.top_p,
+                    on_finished=advance,
+                )
+            except torch.OutOfMemoryError:
+                raise RediError(
+                    f"out of memory at batch_size {config.batch_size}: run again with a smaller "
+                    f"one (nothing is lost of the {start} samples done)"
+                ) from None
             rows = [
                 _row(tokenizer, chat.eos_token_ids, questions, item, ids)
                 for item, ids in zip(batch, completions, strict=True)
@@ -158,7 +172,6 @@ def _sample(
             output.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             output.flush()
             os.fsync(output.fileno())
-            advance(len(batch))
 
 
 def _pose(problem: Prompt, config: EvalConfig, has_template: bool) -> Prompt:
@@ -318,7 +331,7 @@ def _progress(what: str, total: int, done: int) -> Iterator[Any]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.exists() else {}
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
@@ -327,5 +340,5 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 def _write_text(file: Path, text: str) -> None:
     aside = file.with_suffix(".tmp")
-    aside.write_text(text)
+    aside.write_text(text, encoding="utf-8")
     aside.replace(file)

@@ -7,7 +7,7 @@ stream of uniforms, so that it does not depend on its neighbours and two models 
 Nor can a model folder's generation_config.json (top_k, repetition_penalty) leak into a measurement.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -54,11 +54,13 @@ def generate(
     stop_ids: Collection[int],
     temperature: float,
     top_p: float,
+    on_finished: Callable[[int], Any] = lambda count: None,
 ) -> list[list[int]]:
     """Samples a completion of at most T tokens for each of N prompts.
 
     `uniform_NT` (float32 in [0, 1)) holds the draws. Equal prompts are prefilled once. A completion
     ends with the first token of `stop_ids`, which it includes; any other ran out of tokens.
+    `on_finished` hears how many completions ended, whenever some do; N in all.
     """
     device = model.device
     num_rows, max_new_tokens = uniform_NT.shape
@@ -84,24 +86,28 @@ def generate(
     cache.batch_select_indices(row_of)
     mask, positions = mask[row_of], positions[row_of, -1:]
     sampled_NT = torch.full((num_rows, max_new_tokens), -1, device=device)
-    alive = torch.arange(
-        num_rows, device=device
-    )  # the completion that each row of the batch belongs to
+    alive = torch.arange(num_rows, device=device)  # which completion a row of the batch belongs to
     open_rows = torch.ones(num_rows, dtype=torch.bool, device=device)
+    num_open = num_rows
     for step in range(max_new_tokens):
         tokens = sample_tokens(logits, uniform_NT[alive, step], temperature, top_p)
         sampled_NT[alive, step] = tokens
         open_rows = open_rows & ~torch.isin(tokens, stops)
         keep = open_rows.nonzero()[:, 0]
-        if len(keep) == 0 or step + 1 == max_new_tokens:
+        if len(keep) < num_open:
+            on_finished(num_open - len(keep))
+            num_open = len(keep)
+        if num_open == 0 or step + 1 == max_new_tokens:
             break
-        if len(keep) < 0.9 * len(alive):  # not at every end: it copies the cache
+        if num_open < 0.9 * len(alive):  # not at every end: it copies the cache
             cache.batch_select_indices(keep)
             mask, positions, tokens = mask[keep], positions[keep], tokens[keep]
             alive, open_rows = alive[keep], open_rows[keep]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = positions + 1
         logits = next_logits(tokens[:, None])
+    if num_open:
+        on_finished(num_open)
     return [_until_stop(row, stop_ids) for row in sampled_NT.tolist()]
 
 

@@ -182,7 +182,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
     short curves are left as they are."""
     if len(values) < 20:
         return values
-    sigma = max(1.0, len(values) / 40)
+    sigma = max(2.0, len(values) / 40)
     reach = int(3 * sigma)
     away = np.arange(-reach, reach + 1)
     weight = np.exp(-0.5 * (away / sigma) ** 2)
@@ -231,7 +231,7 @@ def write_report(
             print(f"curves: {root / picture}")
     file = root / "results.md"
     aside = file.with_suffix(".tmp")
-    aside.write_text("\n".join(parts))
+    aside.write_text("\n".join(parts), encoding="utf-8")
     aside.replace(file)
     print(f"report: {file}", flush=True)
     return file

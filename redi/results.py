@@ -150,17 +150,17 @@ def load_result(output_dir: str | os.PathLike) -> EvalResult:
     file = folder / "metrics.json"
     if not file.exists():
         raise RediError(f"{folder}: no finished evaluation (metrics.json); run `redi eval` first")
-    return read_result(folder, json.loads(file.read_text())["model"])
+    return read_result(folder, json.loads(file.read_text(encoding="utf-8"))["model"])
 
 
 def read_result(folder: Path, model: str) -> EvalResult:
-    rows = [json.loads(line) for line in (folder / "generations.jsonl").open()]
+    rows = [json.loads(line) for line in (folder / "generations.jsonl").open(encoding="utf-8")]
     rows.sort(key=lambda row: (row["problem"], row["sample"]))
     shape = (rows[-1]["problem"] + 1, rows[-1]["sample"] + 1)
     column = lambda key: np.array([row[key] for row in rows]).reshape(shape)
     pairs = None
     if (folder / "pairs.jsonl").exists():
-        scored = [json.loads(line) for line in (folder / "pairs.jsonl").open()]
+        scored = [json.loads(line) for line in (folder / "pairs.jsonl").open(encoding="utf-8")]
         pairs = PairScores(
             tuple(row["id"] for row in scored),
             np.array([row["chosen"] for row in scored]),

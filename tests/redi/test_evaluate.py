@@ -294,3 +294,30 @@ def test_a_folder_without_weights_is_named(model, config, tmp_path):
 def test_answers_longer_than_the_context_are_refused(model, config, tmp_path):
     with pytest.raises(RediError, match=r"512 positions; set max_new_tokens to at most 501"):
         evaluate(model, changed(config, max_new_tokens=510), tmp_path / "out")
+
+
+def test_a_full_disk_is_named_and_loses_no_batch(
+    model, config, tmp_path, no_algebra, calls, monkeypatch
+):
+    evaluate(model, config, tmp_path / "whole")
+    syncs = iter([None, None, OSError(28, "No space left on device")])
+
+    def fsync(descriptor):
+        if error := next(syncs, None):
+            raise error
+
+    with monkeypatch.context() as full:
+        full.setattr(redi.evaluate.os, "fsync", fsync)
+        with pytest.raises(RediError, match=r"full: cannot be written: .*No space left"):
+            evaluate(model, config, tmp_path / "full")
+    evaluate(model, config, tmp_path / "full")
+    assert_same_files(tmp_path / "whole", tmp_path / "full")
+
+
+def test_out_of_memory_names_the_batch_size(model, config, tmp_path, no_algebra, monkeypatch):
+    def exhausted(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(redi.generate, "generate", exhausted)
+    with pytest.raises(RediError, match="batch_size 6: run again with a smaller"):
+        evaluate(model, config, tmp_path / "out")
