@@ -171,3 +171,64 @@ def test_model_folder_without_tokenizer(redi, tmp_path):
 def test_model_missing(redi, tmp_path):
     file = recipe(tmp_path, architecture=None, model_name_or_path=str(tmp_path / "nothing"))
     refused(redi("train", "--config", file), "nothing", "no model could be loaded")
+
+
+RAW = [
+    {"problem": "1+1=?", "answer": "2", "generations": ["1+1 #### 2", "1+1 #### 3"]},
+    {"problem": "2+2=?", "answer": "4", "generations": ["2+2 #### 5", "2+2 #### 4"]},
+]
+
+
+def test_data_build_then_train_on_it(redi, tmp_path):
+    raw = tiny.write_jsonl(tmp_path / "raw.jsonl", RAW)
+    code, out, err = redi("data", "build", "--path", raw, "--output_dir", tmp_path / "data")
+    assert code == 0, err
+    assert out.splitlines()[0].split() == ["rows", "read", "2"]
+    file = recipe(tmp_path, dataset_name=str(tmp_path / "data" / "pairs.parquet"), max_steps=1)
+    assert redi("train", "--config", file)[0] == 0
+
+
+def test_data_build_with_verdicts_of_another_length(redi, tmp_path):
+    rows = [row | {"verdicts": [True]} for row in RAW]
+    raw = tiny.write_jsonl(tmp_path / "raw.jsonl", rows)
+    result = redi("data", "build", "--path", raw, "--output_dir", tmp_path / "data")
+    refused(result, "raw.jsonl", "no pairs left", "2")
+    assert not list(tmp_path.glob("data/*"))
+
+
+def test_data_build_without_a_wrong_trace(redi, tmp_path):
+    rows = [row | {"verdicts": [True, True]} for row in RAW]
+    raw = tiny.write_jsonl(tmp_path / "raw.jsonl", rows)
+    result = redi("data", "build", "--path", raw, "--output_dir", tmp_path / "data")
+    refused(result, "no pairs left")
+
+
+def test_eval_prints_a_table(redi, tmp_path):
+    assert redi("train", "--config", recipe(tmp_path, max_steps=1))[0] == 0
+    problems = tiny.write_jsonl(tmp_path / "test.jsonl", RAW)
+    code, out, err = redi(
+        "eval", "--model", tmp_path / "out", "--dataset_name", problems,
+        "--output_dir", tmp_path / "eval", "--max_new_tokens", 4, "--num_samples", 2,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "pass@1" in out
+    assert len((tmp_path / "eval" / "generations.jsonl").read_text().splitlines()) == 4
+
+
+def test_eval_without_answers(redi, tmp_path):
+    assert redi("train", "--config", recipe(tmp_path, max_steps=1))[0] == 0
+    problems = tiny.write_jsonl(tmp_path / "test.jsonl", [{"problem": "1+1=?"}])
+    result = redi(
+        "eval", "--model", tmp_path / "out", "--dataset_name", problems,
+        "--output_dir", tmp_path / "eval", "--max_new_tokens", 4,
+    )  # fmt: skip
+    code, _, err = result
+    assert code == 2
+    assert "error: test.jsonl line 1: `answer` is missing" in err
+
+
+def test_fields_without_values_and_stray_words(redi, tmp_path):
+    refused(
+        redi("train", "--config", recipe(tmp_path), "--max_steps"), "--max_steps: needs a value"
+    )
+    refused(redi("train", "--config", recipe(tmp_path), "stray"), "stray", "--field value")
