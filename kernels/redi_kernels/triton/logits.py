@@ -70,7 +70,7 @@ def logits_kernel(
                 bias = 0.0
                 if HAS_BIAS:
                     bias = tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
-                z, slope = apply_head(
+                z = apply_head(
                     parts[i], bias, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, HAS_SCALE
                 )
                 if col + BLOCK_V > V:
@@ -94,9 +94,11 @@ def logits_kernel(
                         g = tl.exp2((z - c[:, None]) * LOG2E)
                     if SCALED:
                         g = g * a[:, None]
+                    if HAS_SOFTCAP:  # d tanh
+                        g = g * (1.0 - (z / softcap) * (z / softcap))
                     # T and V are padded to whole tiles: the slab has room, and padding becomes zero
                     cell = rows.to(tl.int64)[:, None] * slab_stride + (pid_v * BLOCK_V + local)
-                    tl.store(slab_TV + cell, (g * slope).to(slab_TV.dtype.element_ty))
+                    tl.store(slab_TV + cell, g.to(slab_TV.dtype.element_ty))
 
             if STATS:
                 cell = (first_v // BLOCK_V + pid_v).to(tl.int64) * T + rows

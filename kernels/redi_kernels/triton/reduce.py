@@ -86,7 +86,7 @@ def anchor_kernel(
     bias = 0.0
     if HAS_BIAS:
         bias = tl.load(bias_ptr + y, mask=in_t, other=0.0).to(tl.float32)
-    z, _ = apply_head(z, bias, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, True)
+    z = apply_head(z, bias, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, True)
     tl.store(c_ptr + rows, z, mask=in_t)
 
 
