@@ -37,9 +37,9 @@ def save(
     """Writes checkpoint-{state["step"]}. A collective. Raises OSError (disk full) on the main rank,
     having removed what it wrote and nothing else."""
     parameters = dict(model.named_parameters())
-    weights = full_tensors(parameters)
+    weights = full_tensors(parameters, keep=ranks.is_main)
     moments, steps = _optimizer_tensors(parameters, optimizer)
-    moments = full_tensors(moments)
+    moments = full_tensors(moments, keep=ranks.is_main)
     final = output_dir / f"checkpoint-{state['step']}"
     if ranks.is_main:
         aside = output_dir / f"{final.name}.tmp"

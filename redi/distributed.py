@@ -73,12 +73,17 @@ def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, *, bf16: bool
     fully_shard(model, mp_policy=policy)
 
 
-def full_tensors(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors on the CPU of every rank. A collective: all ranks call it in the same order."""
-    return {
-        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu()
-        for name, t in named.items()
-    }
+def full_tensors(named: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, for ranks that `keep` them; the others get an empty dictionary.
+
+    A collective: all ranks call it in the same order.
+    """
+    whole = {}
+    for name, tensor in named.items():
+        value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            whole[name] = value.detach().cpu()
+    return whole
 
 
 @torch.no_grad()

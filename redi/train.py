@@ -71,7 +71,7 @@ def train(
     metrics = loop.run(state, listeners)
 
     result = TrainResult(output_dir, state.step, metrics, len(data.traces), len(data.dropped))
-    weights = _whole_weights(model)
+    weights = _whole_weights(model, keep=ranks.is_main)
     if ranks.is_main:
         try:
             export(
@@ -223,7 +223,9 @@ class Loop:
             # FSDP averages gradients over ranks; the objective is already a mean over all of them.
             (out.loss * world_size).backward()
             mean_S = out.logps_S / out.lengths_S.clamp(min=1)
-            chosen, rejected = mean_S[pack.is_chosen_S].sum(), mean_S[~pack.is_chosen_S].sum()
+            chosen_S, zero = pack.is_chosen_S, mean_S.new_zeros(())
+            chosen = torch.where(chosen_S, mean_S, zero).sum()
+            rejected = torch.where(chosen_S, zero, mean_S).sum()
             sums += torch.stack([out.loss.detach(), chosen, rejected])
         loss, chosen, rejected = distributed.all_sum(sums).tolist()  # waits for the device, once
         return loss, chosen, rejected
@@ -277,9 +279,9 @@ def _checked(config: TrainConfig | dict[str, Any] | str | Path) -> TrainConfig:
     return load_config(TrainConfig, config, {})
 
 
-def _whole_weights(model: PackedLM) -> dict[str, torch.Tensor]:
+def _whole_weights(model: PackedLM, *, keep: bool) -> dict[str, torch.Tensor]:
     """Whole float32 weights under transformers' names; tied weights appear once."""
-    named = distributed.full_tensors(dict(model.named_parameters()))
+    named = distributed.full_tensors(dict(model.named_parameters()), keep=keep)
     return {name.removeprefix("lm."): tensor for name, tensor in named.items()}
 
 
