@@ -1,12 +1,11 @@
-"""A run as tables and pictures: which model is better, by how much, and how training went.
+"""A run as tables: which model is better, and by how much.
 
-Tables print on a terminal (rich) and as markdown; curves are PNGs (matplotlib, optional).
-`redi run` ends with `write_report`, which puts both into `results.md`.
+They print on a terminal (rich) and as markdown. `redi run` ends with `write_report`, which puts
+them and the pictures of redi/plots.py into `results.md`.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,8 @@ import numpy as np
 
 from redi.errors import RediError
 from redi.monitor import read_metrics
+from redi.plots import MATPLOTLIB_HINT, can_draw, draw_curves, draw_scores
 from redi.results import EvalResult, Interval, paired_difference
-
-# Okabe and Ito's palette without its yellow: told apart by colour-blind readers and on white paper.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-LINES: Sequence[Any] = ("-", "--", ":", "-.")  # once the colours are used up
-PANELS = (
-    ("loss", "loss"),
-    ("grad_norm", "gradient norm"),
-    ("logps/chosen", "chosen: log-prob per token"),
-    ("logps/rejected", "rejected: log-prob per token"),
-)
-MATPLOTLIB_HINT = 'curves need matplotlib: pip install "reinforcement-distillation[plot]"'
 
 
 @dataclass(frozen=True)
@@ -138,62 +127,6 @@ def print_table(table: Table) -> None:
         console.print(Text(table.note, style="dim"))
 
 
-def draw_curves(
-    runs: Mapping[str, Sequence[Mapping[str, float]]], file: Path, title: str = ""
-) -> None:
-    """Draws metrics.jsonl rows of several runs against the step, as a PNG.
-
-    Raw values are faint, a light smoothing is on top. An axis whose values span more than a factor
-    of five on one side of zero is logarithmic, so that a run that collapses does not flatten the
-    others. Raises RediError when matplotlib is not installed.
-    """
-    if find_spec("matplotlib") is None:
-        raise RediError(MATPLOTLIB_HINT)
-    from matplotlib.figure import Figure
-
-    panels = [
-        (k, name) for k, name in PANELS if any(k in row for run in runs.values() for row in run)
-    ]
-    columns = 3 if len(panels) == 3 else 2
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(5 * columns if columns == 2 else 12, 0.9 + 2.9 * rows), dpi=150)
-    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
-    for ax, (key, name) in zip(
-        figure.subplots(rows, columns, squeeze=False).flat, panels, strict=False
-    ):
-        curves = [_points(run, key) for run in runs.values()]
-        sign = _scale(ax, np.concatenate([values for _, values in curves]))
-        for i, (steps, values) in enumerate(curves):
-            style = {"color": COLOURS[i % 7], "linestyle": LINES[i // 7 % 4]}
-            ax.plot(steps, sign * values, linewidth=0.8, alpha=0.25, **style)
-            ax.plot(steps, sign * smooth(values), linewidth=1.8, **style)
-        _dress(ax, name)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
-    if len(runs) > 1:
-        _legend(figure, list(runs))
-    aside = file.with_suffix(".tmp")
-    figure.savefig(aside, format="png")
-    aside.replace(file)
-
-
-def smooth(values: np.ndarray) -> np.ndarray:
-    """A line fitted around each point with Gaussian weights, 1/40 of the points wide. (A plain
-    average would bend the steep ends of a curve inwards.) Values that are not finite weigh nothing;
-    short curves are left as they are."""
-    if len(values) < 20:
-        return values
-    sigma = max(2.0, len(values) / 40)
-    reach = int(3 * sigma)
-    away = np.arange(-reach, reach + 1)
-    weight = np.exp(-0.5 * (away / sigma) ** 2)
-    finite = np.isfinite(values)
-    around = lambda z, w: np.convolve(z, w)[reach : reach + len(values)]
-    w0, w1, w2 = (around(finite.astype(float), weight * away**i) for i in range(3))
-    y0, y1 = (around(np.where(finite, values, 0.0), weight * away**i) for i in range(2))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (w2 * y0 - w1 * y1) / (w0 * w2 - w1**2)
-
-
 def write_report(
     root: Path,
     results: Mapping[str, EvalResult],
@@ -201,9 +134,9 @@ def write_report(
     baseline: str | None = None,
     title: str = "results",
 ) -> Path:
-    """Prints the table of models; writes results.md and the curves of `root/<model>/metrics.jsonl`.
+    """Prints the table of models; writes results.md and pictures of scores and training.
 
-    Without matplotlib the report has no curves and says how to get them. Returns results.md.
+    Without matplotlib the report has no pictures and says how to get them. Returns results.md.
     """
     tables = [model_table(results, baseline), pairs_table(results, baseline)]
     parts = [f"# {title}\n"]
@@ -218,7 +151,11 @@ def write_report(
         has_rejected = any("logps/rejected" in row for row in rows)
         if rows:
             stages["curves.png" if has_rejected else "curves-sft.png"][name] = rows
-    if find_spec("matplotlib") is None:
+    if can_draw():
+        draw_scores(results, root / "scores.png", f"{title}: results")
+        parts.append("![pass@1 of each model](scores.png)\n")
+        print(f"scores: {root / 'scores.png'}")
+    else:
         stages = {}
         print(MATPLOTLIB_HINT)
         parts.append(f"No pictures: {MATPLOTLIB_HINT}\n")
@@ -246,56 +183,3 @@ def _interval(interval: Interval, factor: float, form: str) -> str:
         f"{factor * x:+{form}}" for x in (interval.mean, interval.low, interval.high)
     )
     return f"{mean} [{low}, {high}]"
-
-
-def _points(run: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    points = [(row["step"], row[key]) for row in run if row.get(key) is not None]
-    steps, values = np.array(points, dtype=float).reshape(-1, 2).T
-    return steps, values
-
-
-def _scale(ax: Any, values: np.ndarray) -> int:
-    """Chooses the axis; returns the sign to plot values with (a log axis shows no negatives)."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    values = values[np.isfinite(values) & (values != 0)]
-    signs, sizes = set(np.sign(values).tolist()), np.abs(values)
-    if len(signs) != 1 or np.quantile(sizes, 0.99) < 5 * np.quantile(sizes, 0.01):
-        return 1
-    (sign,) = signs
-    decades = np.log10(sizes.max() / sizes.min())
-    ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{sign * y:g}".replace("-", "\u2212")))
-    ax.yaxis.set_minor_formatter(NullFormatter())
-    if sign < 0:
-        ax.invert_yaxis()
-    return int(sign)
-
-
-def _dress(ax: Any, name: str) -> None:
-    ax.set_title(name, loc="left", fontsize=11)
-    ax.set_xlabel("step", fontsize=9)
-    ax.locator_params(axis="x", nbins=6, integer=True)
-    ax.tick_params(labelsize=9, length=3, color="#888888")
-    ax.tick_params(which="minor", length=0)
-    ax.grid(color="#e4e4e4", linewidth=0.8)
-    ax.set_axisbelow(True)
-    ax.margins(x=0.01)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        ax.spines[side].set_color("#888888")
-
-
-def _legend(figure: Any, names: list[str]) -> None:
-    """Below the panels, outside the data."""
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], color=COLOURS[i % 7], linestyle=LINES[i // 7 % 4], linewidth=2.5, label=name)
-        for i, name in enumerate(names)
-    ]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(len(names), 5), frameon=False
-    )

@@ -5,27 +5,13 @@ import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
+from made_up import make_result, metrics_rows, pair_scores
 
-import redi.report
+import redi.plots
 from redi.errors import RediError
-from redi.report import draw_curves, model_table, pairs_table, print_table, smooth, write_report
-from redi.results import EvalResult, PairScores
-
-
-def make_result(correct, *, unparsable=0, pairs=None, model="m") -> EvalResult:
-    correct = np.array(correct, dtype=bool)
-    verdict = np.where(correct, "correct", "wrong").astype(object)
-    verdict[~correct] = ["unparsable"] * unparsable + ["wrong"] * ((~correct).sum() - unparsable)
-    return EvalResult(
-        model, tuple(map(str, range(len(correct)))), verdict, np.ones_like(correct),
-        np.full(correct.shape, 12), pairs,
-    )  # fmt: skip
-
-
-def pair_scores(gap: float) -> PairScores:
-    return PairScores(("a", "b"), np.array([-0.5, -1.0]), np.array([-0.5, -1.0]) - gap)
+from redi.plots import draw_curves
+from redi.report import model_table, pairs_table, print_table, write_report
 
 
 @pytest.fixture
@@ -35,19 +21,6 @@ def results():
         "a-much-longer-name": make_result([[1, 1, 1, 1], [1, 1, 0, 0]] * 50),
         "redi": make_result([[1, 1, 1, 1]] * 100, pairs=pair_scores(1.5)),
     }
-
-
-def metrics_rows(steps=60, *, rejected=True, collapse=False):
-    rng = np.random.default_rng(0)
-    rows = []
-    for step in range(1, steps + 1):
-        fall = 10 * step / steps if collapse else 0
-        row = {"step": step, "loss": rng.normal(), "grad_norm": 1 + rng.random()}
-        row["logps/chosen"] = -0.3 - 0.1 * rng.random() - fall
-        if rejected:
-            row["logps/rejected"] = -0.9 - 0.1 * rng.random() - fall
-        rows.append(row)
-    return rows
 
 
 def test_model_table_holds_the_figures(results):
@@ -109,72 +82,6 @@ def test_both_forms_line_up(results, capsys, monkeypatch, columns):
     assert len(markdown) == 2 + len(results)
 
 
-def test_smoothing_keeps_lines_and_survives_gaps():
-    line = np.linspace(-3.0, 5.0, 200)
-    assert smooth(line) == pytest.approx(line)  # the ends are not bent
-    noise = np.random.default_rng(0).normal(0, 1, 2000)
-    assert smooth(noise).std() < 0.2
-    with_gap = line.copy()
-    with_gap[50:53] = np.nan
-    assert smooth(with_gap) == pytest.approx(line)
-    short = np.array([1.0, 5.0, 2.0])
-    assert smooth(short) is short
-
-
-def axes_of(monkeypatch, runs, file):
-    """Draws, and returns the figure's axes by title."""
-    from matplotlib.figure import Figure
-
-    figures = []
-    save = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))
-    )
-    draw_curves(runs, file, "title")
-    return figures[0], {ax.get_title(loc="left"): ax for ax in figures[0].axes}
-
-
-def test_curves_show_every_run_in_every_panel(tmp_path, monkeypatch):
-    runs = {"one": metrics_rows(), "two": metrics_rows(), "sparse": metrics_rows(5)}
-    figure, axes = axes_of(monkeypatch, runs, tmp_path / "curves.png")
-    assert list(axes) == [
-        "loss", "gradient norm", "chosen: log-prob per token", "rejected: log-prob per token",
-    ]  # fmt: skip
-    for ax in axes.values():
-        raw, smoothed = ax.lines[::2], ax.lines[1::2]
-        assert [line.get_color() for line in smoothed] == list(redi.report.COLOURS[:3])
-        assert all(r.get_alpha() < 0.5 for r in raw)
-        assert len(raw[0].get_xdata()) == 60
-        assert raw[0].get_ydata() != pytest.approx(smoothed[0].get_ydata())
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == list(runs)
-    bottom = min(ax.get_tightbbox().y0 for ax in figure.axes)
-    assert legend.get_tightbbox().y1 < bottom  # outside the data
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_collapsing_run_gets_a_logarithmic_axis_with_true_labels(tmp_path, monkeypatch):
-    runs = {"healthy": metrics_rows(), "collapsing": metrics_rows(collapse=True)}
-    figure, axes = axes_of(monkeypatch, runs, tmp_path / "curves.png")
-    ax = axes["chosen: log-prob per token"]
-    assert (ax.get_yscale(), axes["loss"].get_yscale()) == ("log", "linear")
-    figure.canvas.draw()
-    labels = [label.get_text() for label in ax.get_yticklabels() if label.get_text()]
-    assert "\u22125" in labels and not [x for x in labels if not x.startswith("\u2212")]
-    low, high = ax.get_ylim()
-    assert (
-        low > high
-    )  # drawn with the sign turned and upside down: higher is likelier, as elsewhere
-
-
-def test_a_run_without_rejected_traces_has_three_panels(tmp_path, monkeypatch):
-    rows = metrics_rows(rejected=False)
-    rows[7]["loss"] = float("nan")
-    _, axes = axes_of(monkeypatch, {"sft": rows}, tmp_path / "curves.png")
-    assert list(axes) == ["loss", "gradient norm", "chosen: log-prob per token"]
-    assert np.isfinite(axes["loss"].lines[1].get_ydata()).all()
-
-
 def test_report_embeds_tables_and_pictures(tmp_path, results, capsys):
     for name, rows in (("sft", metrics_rows(rejected=False)), ("redi", metrics_rows())):
         (tmp_path / name).mkdir()
@@ -184,7 +91,7 @@ def test_report_embeds_tables_and_pictures(tmp_path, results, capsys):
     assert text.startswith("# demo\n")
     assert model_table(results, "sft").markdown() in text
     assert pairs_table(results, "sft").markdown() in text
-    for picture in ("curves.png", "curves-sft.png"):
+    for picture in ("scores.png", "curves.png", "curves-sft.png"):
         assert f"]({picture})" in text
         assert (tmp_path / picture).stat().st_size > 10_000
     printed = capsys.readouterr().out
@@ -194,7 +101,7 @@ def test_report_embeds_tables_and_pictures(tmp_path, results, capsys):
 def test_without_matplotlib_there_is_a_report_and_a_hint(tmp_path, results, capsys, monkeypatch):
     find = importlib.util.find_spec
     absent = lambda name: None if name == "matplotlib" else find(name)
-    monkeypatch.setattr(redi.report, "find_spec", absent)
+    monkeypatch.setattr(redi.plots, "find_spec", absent)
     hint = 'pip install "reinforcement-distillation[plot]"'
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "metrics.jsonl").write_text(json.dumps(metrics_rows(1)[0]) + "\n")
