@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def own(config: RunConfig, folder: Path) -> None:
-    """Samples the SFT model on its training problems; trains it on each one's first right sample."""
+    """Samples the SFT model on its training problems; trains on the first right sample of each."""
     train_file, test_file = (str(folder / "task" / name) for name in ("train.jsonl", "test.jsonl"))
     common = {"num_samples": 4, "max_new_tokens": 64, "batch_size": 1000, "seed": config.seed}
     sampling = EvalConfig(dataset_name=train_file, temperature=1.0, top_p=1.0, **common)
