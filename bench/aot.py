@@ -107,8 +107,8 @@ def compile_shipped(arch: str) -> list[Compiled]:
     select = configs.select
     configs.select = lambda _, dtype: configs.for_target(target.backend, _number(arch), dtype)
     try:
-        for dtype in DTYPES.values():
-            launch_everything(dtype)
+        for dtype in DTYPES.values() if arch in GATED else [torch.bfloat16]:
+            launch_everything(dtype, every_option=arch in GATED and dtype == torch.bfloat16)
     finally:
         JITFunction.run, configs.select = run, select
     for row, kernel in found.values():
@@ -116,12 +116,16 @@ def compile_shipped(arch: str) -> list[Compiled]:
     return [row for row, _ in found.values()]
 
 
-def launch_everything(dtype: torch.dtype) -> None:
-    """Small tensors, sizes divisible by 16 as real ones are; several chunks and slices."""
-    x_TH, w_VH = torch.zeros(8192, 64, dtype=dtype), torch.zeros(49152, 64, dtype=dtype)
-    y_T, v_T = torch.zeros(8192, dtype=torch.long), torch.zeros(8192)
-    bias_V = torch.zeros(49152, dtype=dtype)
-    for head in (Head(), Head(bias_V, 30.0, 1.0)):
+def launch_everything(dtype: torch.dtype, every_option: bool) -> None:
+    """Sizes divisible by 16 as real ones are, for several chunks and slices; every tile."""
+    T, V = 8192, 49152
+    y_T, v_T, bias_V = torch.zeros(T, dtype=torch.long), torch.zeros(T), torch.zeros(V, dtype=dtype)
+    plain, full = Head(), Head(bias_V, 30.0, 0.5)
+    cases = (
+        [(256, plain), (128, plain), (64, plain), (64, full)] if every_option else [(256, plain)]
+    )
+    for H, head in cases:
+        x_TH, w_VH = torch.zeros(T, H, dtype=dtype), torch.zeros(V, H, dtype=dtype)
         needs = (True, True, head.bias_V is not None)
         logp_T, lse_T, *_ = kernels.forward(x_TH, w_VH, y_T, head)
         kernels.backward(x_TH, w_VH, y_T, logp_T, lse_T, v_T, v_T, head, needs)

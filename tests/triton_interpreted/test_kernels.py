@@ -82,8 +82,8 @@ def compare(x_TH, w_VH, y_T, head, dlogp_T, dlse_T=None):
         judge(*three, name)
 
 
-# T, H, V: one token; ragged everywhere; H and V one off a tile; several slices and token blocks
-SHAPES = [(1, 8, 1), (1, 24, 130), (70, 72, 333), (65, 64, 129), (129, 136, 511)]
+# T, H, V: one token; rows TMA cannot read; ragged everywhere; H and V one off a tile; several slices and token blocks
+SHAPES = [(1, 8, 1), (33, 9, 40), (1, 24, 130), (70, 72, 333), (65, 64, 129), (129, 136, 511)]
 HEADS = {
     "plain": {},
     "bias": {"bias": True},

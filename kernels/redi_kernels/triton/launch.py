@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from redi_kernels.triton import reduce
-from redi_kernels.triton.config import Config, num_programs
+from redi_kernels.triton.config import Config, Tile, fitting, num_programs
 from redi_kernels.triton.logits import logits_kernel
 from redi_kernels.triton.matmul import matmul_kernel
 
@@ -66,9 +66,13 @@ class Problem:
     def slab(self, num_v: int) -> Tensor:
         """Room for d(logits) of all tokens and num_v columns, padded to every kernel's tiles."""
         tiles = self.config
-        rows = padded(self.sizes[0], tiles.logits.m, tiles.dx.m, tiles.dw.k)
-        cols = padded(num_v, tiles.logits.n, tiles.dx.k, tiles.dw.m)
-        return self.new(rows, cols, dtype=self.x_TH.dtype)
+        rows = padded(self.sizes[0], tiles.logits.m, *(tile.m for tile in tiles.dx))
+        return self.new(rows, padded(num_v, self.slab_unit), dtype=self.x_TH.dtype)
+
+    @property
+    def slab_unit(self) -> int:
+        """Whole tiles of a slab's columns."""
+        return max(self.config.logits.n, *(tile.m for tile in self.config.dw))
 
 
 @dataclass
@@ -124,10 +128,10 @@ def logits(
     p, config, tile = problem, problem.config, problem.config.logits
     T, V, H = p.sizes
     num_v = V if num_v is None else num_v
-    tma = config.tma and can_use_tma(p.x_TH, p.w_VH)
     grid = num_programs(config, p.x_TH.device, triton.cdiv(T, tile.m) * triton.cdiv(num_v, tile.n))
     logits_kernel[(grid,)](
-        operand(p.x_TH, (tile.m, tile.k), tma), operand(p.w_VH, (tile.n, tile.k), tma),
+        operand(p.x_TH, (tile.m, tile.k), config.tma),
+        operand(p.w_VH, (tile.n, tile.k), config.tma),
         p.y_T, p.bias_V,
         stats and stats.max_JT, stats and stats.sum_JT, stats and stats.ent_JT,
         stats and stats.target_T,
@@ -138,7 +142,7 @@ def logits(
         BLOCK_T=tile.m, BLOCK_V=tile.n, BLOCK_H=tile.k, GROUP_T=tile.group, PARTS=tile.parts,
         HAS_BIAS=p.bias_V is not None, HAS_SOFTCAP=p.softcap is not None,
         HAS_SCALE=p.logit_scale != 1.0,
-        EVEN_H=H % tile.k == 0, TMA=tma,
+        EVEN_H=H % tile.k == 0, TMA=config.tma,
         STATS=stats is not None, ENTROPY=stats is not None and stats.ent_JT is not None,
         SLAB=slab is not None, SCALED=slab is not None and slab.a_T is not None,
         HAS_ACTIVE=slab is not None and slab.active is not None,
@@ -166,23 +170,24 @@ def finish(
 
 
 def matmul(
-    config: Config, tile, a: Tensor, b_KN: Tensor, out_MN: Tensor, *, transposed: bool,
-    num_k: int, first_k: int = 0, alpha: float = 1.0,
+    config: Config, tiles: tuple[Tile, ...], a: Tensor, b_KN: Tensor, out_MN: Tensor, *,
+    transposed: bool, num_k: int, first_k: int = 0, alpha: float = 1.0,
     scale_M: Tensor | None = None, acc_MN: Tensor | None = None,
 ) -> None:  # fmt: skip
     """out = acc + scale * alpha * (a or a.T) @ b[first_k : first_k + num_k]; one rounding."""
     M, N = out_MN.shape
-    tma = config.tma and can_use_tma(a, b_KN)
+    tile = fitting(tiles, N)
     a_block = (tile.k, tile.m) if transposed else (tile.m, tile.k)
     grid = num_programs(config, b_KN.device, triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n))
     matmul_kernel[(grid,)](
-        operand(a, a_block, tma), operand(b_KN, (tile.k, tile.n), tma), acc_MN, out_MN, scale_M,
+        operand(a, a_block, config.tma), operand(b_KN, (tile.k, tile.n), config.tma),
+        acc_MN, out_MN, scale_M,
         M, N, b_KN.shape[0], first_k, num_k, a.stride(0), b_KN.stride(0),
         acc_MN.stride(0) if acc_MN is not None else 0, out_MN.stride(0), alpha,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=tile.group, PARTS=tile.parts,
         TRANSPOSED=transposed, HAS_SCALE=scale_M is not None, ACCUMULATE=acc_MN is not None,
-        EVEN_N=N % tile.n == 0, TMA=tma, FLATTEN=config.persistent, PRECISION=config.precision,
-        num_warps=tile.warps, num_stages=tile.stages,
+        EVEN_N=N % tile.n == 0, TMA=config.tma, FLATTEN=config.persistent,
+        PRECISION=config.precision, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 

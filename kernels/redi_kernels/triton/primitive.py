@@ -90,7 +90,7 @@ def slice_columns(problem: Problem) -> int:
     """Columns of a slab within `slab_bytes`, in whole tiles of both kernels that cut it up."""
     T, V, _ = problem.sizes
     tiles = problem.config
-    unit = max(tiles.logits.n, tiles.dw.m, tiles.dx.k)
+    unit = problem.slab_unit
     fitting = tiles.slab_bytes // (T * problem.x_TH.element_size()) // unit * unit
     return min(max(fitting, tiles.min_slice), launch.padded(V, unit))
 

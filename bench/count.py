@@ -1,0 +1,173 @@
+"""Count FLOP, bytes, exponentials and launches: our Triton kernels and the peers', in one run.
+
+    python bench/count.py                          made-up activations
+    python bench/count.py --activations FILE.pt    {"x_TH", "w_VH", "y_T"}, cut to --tokens, --vocab
+
+Everything runs in Triton's interpreter on CPU, forward and backward of a mean cross entropy, so
+sizes are small; counts of dense kernels grow with them exactly. Our tiles are those of sm_90, our
+chunks and slices as many as there would be at full size. Writes docs/count.md. Exit 1 unless
+ours need 3 U (fused) and 4 U (primitive) FLOP within 2%, U = 2 T V H, and the primitive's
+footprint is at most 1.2 x CCE's, the fused path's at most 0.5 x Liger's.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+if os.environ.get("TRITON_INTERPRET") != "1":  # the interpreter is chosen when triton is imported
+    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"TRITON_INTERPRET": "1"})
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests/tools"), str(ROOT / "bench")]
+
+import interpreter  # noqa: E402
+import torch  # noqa: E402
+import triton_peers  # noqa: E402
+from redi_kernels import sft_loss, token_logprobs  # noqa: E402
+from redi_kernels.triton import config as configs  # noqa: E402
+from triton_cost import KernelCost, TorchCost  # noqa: E402
+
+FULL = {"tokens": 32768, "vocab": 151936}  # where chunks and slices are counted
+
+
+@dataclasses.dataclass
+class Count:
+    """One method's totals, in units that do not depend on the size where there are such."""
+
+    name: str
+    flops: float  # in U = 2 T V H
+    exps: float  # per element of the logits
+    requested: float  # bytes per element of the logits
+    footprint: float
+    launches: int
+    torch_ops: int
+    error_dx: float  # relative to fp64
+    error_dw: float
+
+
+def ours() -> dict:
+    return {
+        "ours, fused": lambda x, w, y: sft_loss(x, w, y, backend="triton").loss,
+        "ours, primitive": lambda x, w, y: -token_logprobs(x, w, y, backend="triton").logp_T.mean(),
+    }
+
+
+def eager(x, w, y):
+    return torch.nn.functional.cross_entropy((x @ w.T).float(), y)
+
+
+def count(name: str, loss, x_TH, w_VH, y_T, truth) -> Count:
+    x, w = (t.clone().requires_grad_() for t in (x_TH, w_VH))
+    with KernelCost() as kernels, TorchCost() as ops:
+        loss(x, w, y_T).backward()
+    T, H = x.shape
+    V = len(w)
+    total = lambda key: sum(getattr(k, key) for k in kernels.kernels.values())
+    for kernel_name, k in kernels.kernels.items():
+        print(
+            f"    {kernel_name:36s} {k.launches:4d} launches {k.programs:6d} programs "
+            f"{k.flops / (2 * T * V * H):5.2f} U {k.requested / 1e6:8.1f} MB requested "
+            f"{k.footprint / 1e6:8.1f} MB footprint"
+        )
+    errors = [
+        ((g.double() - t).norm() / t.norm()).item()
+        for g, t in zip((x.grad, w.grad), truth, strict=True)
+    ]
+    return Count(
+        name,
+        (total("flops") + ops.flops) / (2 * T * V * H),
+        total("exps") / (T * V),
+        (total("requested") + ops.bytes) / (T * V),
+        (total("footprint") + ops.bytes) / (T * V),
+        total("launches"),
+        ops.ops,
+        *errors,
+    )
+
+
+def sm90_scaled(T: int, V: int) -> configs.Config:
+    """sm_90's tiles with a slab that gives as many chunks and slices as at full size, or as many
+    as whole tiles allow."""
+    config = configs.SM90
+    share = T * V / (FULL["tokens"] * FULL["vocab"])
+    return dataclasses.replace(
+        config, slab_bytes=int(config.slab_bytes * share), min_slice=config.logits.n, tma=False
+    )
+
+
+def activations(args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if args.activations:
+        saved = torch.load(args.activations)
+        y_T = saved["y_T"]
+        keep = ((y_T >= 0) & (y_T < args.vocab)).nonzero()[: args.tokens, 0]
+        return saved["x_TH"][keep].bfloat16(), saved["w_VH"][: args.vocab].bfloat16(), y_T[keep]
+    random = torch.Generator().manual_seed(0)
+    x_TH = torch.randn(args.tokens, args.hidden, generator=random)
+    w_VH = torch.randn(args.vocab, args.hidden, generator=random) * 3 * args.hidden**-0.5
+    y_T = torch.randint(0, args.vocab, (args.tokens,), generator=random)
+    return x_TH.bfloat16(), w_VH.bfloat16(), y_T
+
+
+def table(rows: list[Count]) -> str:
+    lines = [
+        "| | FLOP / U | exp / TV | requested B / TV | footprint B / TV | launches | torch ops "
+        "| dX error | dW error |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r.name} | {r.flops:.2f} | {r.exps:.2f} | {r.requested:.1f} | {r.footprint:.2f} "
+            f"| {r.launches} | {r.torch_ops} | {r.error_dx:.1e} | {r.error_dw:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def failures(rows: list[Count]) -> list[str]:
+    by_name = {row.name: row for row in rows}
+    fused, primitive = by_name["ours, fused"], by_name["ours, primitive"]
+    limits = [
+        ("fused FLOP", fused.flops, 3 * 1.02),
+        ("primitive FLOP", primitive.flops, 4 * 1.02),
+    ]
+    if "CCE" in by_name:
+        limits.append(("primitive footprint", primitive.footprint, 1.2 * by_name["CCE"].footprint))
+    if "Liger" in by_name:
+        limits.append(("fused footprint", fused.footprint, 0.5 * by_name["Liger"].footprint))
+    return [f"{name}: {value:.2f} > {limit:.2f}" for name, value, limit in limits if value > limit]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--activations", type=Path)
+    parser.add_argument("--write", type=Path, help="also write the table to this Markdown file")
+    args = parser.parse_args()
+    interpreter.install()
+    triton_peers.interpret()
+    x_TH, w_VH, y_T = activations(args)
+    T, H, V = *x_TH.shape, len(w_VH)
+    config = sm90_scaled(T, V)
+    configs.select = lambda *_: config
+
+    leaves = [t.double().requires_grad_() for t in (x_TH, w_VH)]
+    torch.nn.functional.cross_entropy(leaves[0] @ leaves[1].T, y_T).backward()
+    truth = [leaf.grad for leaf in leaves]
+    rows = []
+    for name, loss in {**ours(), **triton_peers.available(), "eager": eager}.items():
+        print(name, flush=True)
+        rows.append(count(name, loss, x_TH, w_VH, y_T, truth))
+    text = f"T = {T}, H = {H}, V = {V}, bf16\n\n{table(rows)}\n"
+    print("\n" + text)
+    if args.write:
+        args.write.write_text(f"<!-- made by bench/count.py -->\n{text}")
+    failed = failures(rows)
+    print("\n".join(f"FAIL {line}" for line in failed))
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
