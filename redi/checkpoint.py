@@ -8,7 +8,6 @@ older ones removed. Only safetensors and JSON, so that reading one never runs co
 """
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import nn
 
 from redi.distributed import Ranks, full_tensors, load_full_tensors
 from redi.errors import RediError
+from redi.files import fsync
 
 MARKER = "COMPLETE.json"
 
@@ -54,11 +54,11 @@ def save(
             sizes = {f.name: f.stat().st_size for f in sorted(aside.iterdir())}
             (aside / MARKER).write_text(json.dumps(sizes, indent=2))
             for file in aside.iterdir():
-                _fsync(file)
-            _fsync(aside)
+                fsync(file)
+            fsync(aside)
             shutil.rmtree(final, ignore_errors=True)  # an incomplete one of an earlier run
             aside.rename(final)
-            _fsync(output_dir)
+            fsync(output_dir)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise OSError(f"{final}: {error}") from error
@@ -133,11 +133,3 @@ def _is_complete(folder: Path) -> bool:
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):
         return False
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

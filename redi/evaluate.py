@@ -34,6 +34,7 @@ from redi.data.read import (
     read_rows,
 )
 from redi.errors import RediError
+from redi.files import write_text
 from redi.results import EvalResult, load_result, read_result
 
 # What a model's answers depend on; cards, logs and checkpoints in its folder may change.
@@ -252,7 +253,7 @@ def _score_pairs(
                 scores.setdefault(example, {})["chosen" if is_chosen else "rejected"] = mean
             advance(1)
     rows = [{"id": whole[i].id, **scores[i]} for i in sorted(scores)]
-    _write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _check_context(model_config: Any, longest_prompt: int, max_new_tokens: int) -> None:
@@ -335,10 +336,4 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
-    _write_text(file, json.dumps(content, indent=2) + "\n")
-
-
-def _write_text(file: Path, text: str) -> None:
-    aside = file.with_suffix(".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)
+    write_text(file, json.dumps(content, indent=2) + "\n")

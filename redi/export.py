@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from redi.config import TrainConfig
+from redi.files import publish
 from redi.model import no_progress_bars
 
 
@@ -47,8 +48,8 @@ def export(
         settings["dtype"] = str(dtype).removeprefix("torch.")  # of the file, not of the training
         (aside / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
         (aside / "README.md").write_text(card)
-        for file in sorted(aside.iterdir(), key=lambda f: f.name == "config.json"):
-            file.replace(output_dir / file.name)
+        names = sorted((f.name for f in aside.iterdir()), key=lambda name: name == "config.json")
+        publish(aside, {name: output_dir / name for name in names})
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -13,6 +13,7 @@ from typing import Any
 from redi.config import TrainConfig
 from redi.data.tokenize import Tokenized
 from redi.errors import RediError
+from redi.files import write_text
 
 RESULT = "train_result.json"
 # Free to differ before and after an interruption: what changes at most rounding, and paths, since
@@ -70,9 +71,7 @@ def write_result(result: TrainResult, identity: dict[str, Any]) -> None:
         "num_examples": result.num_examples,
         "num_dropped": result.num_dropped,
     }
-    aside = result.output_dir / f"{RESULT}.tmp"
-    aside.write_text(json.dumps(content, indent=2) + "\n")
-    aside.replace(result.output_dir / RESULT)
+    write_text(result.output_dir / RESULT, json.dumps(content, indent=2) + "\n")
 
 
 def read_result(output_dir: Path, identity: dict[str, Any]) -> TrainResult | None:

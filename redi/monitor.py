@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from redi.files import write_text
+
 
 @dataclass
 class TrainState:
@@ -50,9 +52,7 @@ class MetricsFile(Callback):
 
     def on_train_begin(self, state: TrainState) -> None:
         kept = [row for row in read_metrics(self.path) if row["step"] <= state.step]
-        aside = self.path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        aside.replace(self.path)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def on_log(self, state: TrainState, logs: dict[str, float]) -> None:
         with self.path.open("a") as file:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from redi.errors import RediError
+from redi.files import publish
 from redi.results import EvalResult, bootstrap
 
 # Okabe and Ito's palette without its yellow: told apart by colour-blind readers and on white paper.
@@ -112,9 +113,9 @@ def _figure(figsize: tuple[float, float]) -> Any:
 def _save(figure: Any, file: Path, title: str) -> None:
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
-    aside = file.with_suffix(".tmp")
+    aside = file.with_name(f"{file.name}.tmp")
     figure.savefig(aside, format="png")
-    aside.replace(file)
+    publish(aside.parent, {aside.name: file})
 
 
 def _points(run: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:

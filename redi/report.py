@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from redi.errors import RediError
+from redi.files import write_text
 from redi.monitor import read_metrics
 from redi.plots import MATPLOTLIB_HINT, can_draw, draw_curves, draw_scores
 from redi.results import EvalResult, Interval, paired_difference
@@ -167,9 +168,7 @@ def write_report(
             parts.append(f"![training curves of {names}]({picture})\n")
             print(f"curves: {root / picture}")
     file = root / "results.md"
-    aside = file.with_suffix(".tmp")
-    aside.write_text("\n".join(parts), encoding="utf-8")
-    aside.replace(file)
+    write_text(file, "\n".join(parts))
     print(f"report: {file}", flush=True)
     return file
 

@@ -24,6 +24,7 @@ from typing import Any
 from redi.config import DataConfig, EvalConfig, RunConfig, TrainConfig, load_config, make_config
 from redi.errors import RediError
 from redi.evaluate import EvalResult, evaluate
+from redi.files import write_text
 from redi.monitor import ticker
 from redi.report import write_report
 
@@ -156,9 +157,7 @@ def _once(folder: Path, identity: dict[str, Any], work: Callable[[], Any]) -> No
     _say(f"== {folder.name}")
     shutil.rmtree(folder, ignore_errors=True)  # half of it, from an interrupted run
     work()
-    aside = marker.with_suffix(".tmp")
-    aside.write_text(json.dumps(identity, indent=2) + "\n")
-    aside.replace(marker)
+    write_text(marker, json.dumps(identity, indent=2) + "\n")
 
 
 def _alpha(stage: TrainConfig) -> str:

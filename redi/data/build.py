@@ -18,10 +18,11 @@ import numpy as np
 
 from redi.config import DataConfig
 from redi.data.read import Example, Problem, Prompt, make_prompt, read_rows, to_item
-from redi.data.table import Table, publish
+from redi.data.table import Table
 from redi.data.tokenize import ChatFormat, over_limit
 from redi.data.verify import Verifier
 from redi.errors import RediError
+from redi.files import publish
 
 _CHUNK = 2000  # generations judged at once: enough to keep the verifier's workers busy
 _UNKNOWN = {
@@ -108,7 +109,7 @@ def build(
         (aside / "report.txt").write_text(report.text() + "\n", encoding="utf-8")
         (aside / "report.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
         names = ["positives.parquet", "pairs.parquet", "report.txt", "report.json"]
-        publish(aside, folder, names)
+        publish(aside, {name: folder / name for name in names})
     except OSError as error:
         raise RediError(
             f"{folder}: cannot be written: {error}; put it right and run again"

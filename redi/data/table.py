@@ -1,7 +1,6 @@
 """The parquet files that build writes: TRL's columns, in row groups, complete or not at all."""
 
 import contextlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -71,24 +70,3 @@ class Table:
         self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._writer.schema))
         self._rows = []
         return self._writer
-
-
-def publish(aside: Path, folder: Path, names: list[str]) -> None:
-    """Moves the finished files `names` from `aside` to `folder` on the same disk, in this order.
-
-    The last one marks the folder as complete: an old one goes before anything else changes.
-    """
-    for name in names:
-        _fsync(aside / name)
-    (folder / names[-1]).unlink(missing_ok=True)
-    for name in names:
-        os.replace(aside / name, folder / name)
-    _fsync(folder)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,0 +1,36 @@
+"""Files that are whole or not there, also after a kill or a power cut."""
+
+import os
+from pathlib import Path
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes aside, then renames: readers see the old text or the new one. Raises OSError."""
+    aside = file.with_name(f"{file.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    publish(aside.parent, {aside.name: file})
+
+
+def publish(aside: Path, targets: dict[str, Path]) -> None:
+    """Moves finished files out of the folder `aside`, on the same disk, in the order given.
+
+    `targets` maps a name in `aside` to its place. All reach the disk before any of them moves. The
+    last one marks the others as complete: an old one goes before anything else changes.
+    """
+    for name in targets:
+        fsync(aside / name)
+    *_, last = targets.values()
+    if len(targets) > 1:
+        last.unlink(missing_ok=True)
+    for name, target in targets.items():
+        os.replace(aside / name, target)
+    for folder in {target.parent for target in targets.values()}:
+        fsync(folder)
+
+
+def fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
