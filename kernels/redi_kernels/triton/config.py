@@ -36,7 +36,7 @@ class Config:
     tma: bool = False
     persistent: bool = False
     precision: str = "ieee"
-    slab_bytes: int = 256 << 20
+    slab_bytes: int = 336 << 20  # 1152 tokens of a vocabulary of 151,936 in bf16
     min_slice: int = 4096
 
     def __post_init__(self) -> None:

@@ -33,8 +33,7 @@ def can_use_tma(*matrices: Tensor) -> bool:
     )
 
 
-def padded(size: int, *multiples: int) -> int:
-    multiple = max(multiples)  # powers of two
+def padded(size: int, multiple: int) -> int:
     return triton.cdiv(size, multiple) * multiple
 
 
@@ -64,10 +63,10 @@ class Problem:
         return torch.empty(shape, dtype=dtype, device=self.x_TH.device)
 
     def slab(self, num_v: int) -> Tensor:
-        """Room for d(logits) of all tokens and num_v columns, padded to every kernel's tiles."""
-        tiles = self.config
-        rows = padded(self.sizes[0], tiles.logits.m, *(tile.m for tile in tiles.dx))
-        return self.new(rows, padded(num_v, self.slab_unit), dtype=self.x_TH.dtype)
+        """Room for d(logits) of all tokens and num_v columns in whole tiles: rows of the logits
+        matmul's (dX reads none past T), columns of any."""
+        rows, cols = padded(self.sizes[0], self.config.logits.m), padded(num_v, self.slab_unit)
+        return self.new(rows, cols, dtype=self.x_TH.dtype)
 
     @property
     def slab_unit(self) -> int:

@@ -50,12 +50,13 @@ def weighted(
     dw_VH = p.new(V, H, dtype=p.w_VH.dtype) if needs_w else None
     acc_VH = running_sum(dw_VH, num_pieces=triton.cdiv(T, per_chunk))
     db_V = torch.zeros_like(p.bias_V, dtype=torch.float32) if needs_bias else None
+    slab_TV = p.chunk(0, per_chunk).slab(V)
     for first in range(0, T, per_chunk):
         chunk = p.chunk(first, first + per_chunk)
         num_t = chunk.sizes[0]
         is_first, is_last = first == 0, first + num_t == T
         rows = slice(first, first + num_t)
-        slab_TV, scale_T, xs_TH = scaled_softmax(chunk, weight_T[rows], logp_T[rows])
+        scale_T, xs_TH = scaled_softmax(chunk, slab_TV, weight_T[rows], logp_T[rows])
         if dx_TH is not None:
             launch.matmul(
                 config, config.dx, slab_TV, p.w_VH, dx_TH[rows], transposed=False, num_k=V,
@@ -72,9 +73,9 @@ def weighted(
 
 
 def scaled_softmax(
-    chunk: Problem, weight_T: Tensor, logp_T: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Slab g, row scales s and s * x of one chunk; fills logp_T."""
+    chunk: Problem, slab_TV: Tensor, weight_T: Tensor, logp_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Row scales s and s * x of one chunk; fills slab_TV with g and logp_T."""
     T, V, H = chunk.sizes
     x = chunk.x_TH
     c_T, scale_T, patch_T = chunk.new(T), chunk.new(T), chunk.new(T)
@@ -83,14 +84,14 @@ def scaled_softmax(
         chunk.logit_scale, chunk.softcap or 0.0, BLOCK_T=16, BLOCK_H=128,
         HAS_BIAS=chunk.bias_V is not None, HAS_SOFTCAP=chunk.softcap is not None,
     )  # fmt: skip
-    slab_TV, stats = chunk.slab(V), Statistics.empty(chunk, entropy=False)
+    stats = Statistics.empty(chunk, entropy=False)
     launch.logits(chunk, stats, Slab(slab_TV, c_T))
     active = chunk.new(triton.cdiv(T, chunk.config.logits.m), dtype=torch.int32)
     rows = Fused(weight_T, c_T, active, scale_T, patch_T, LIMIT)
     launch.finish(chunk, stats, logp_T, fused=rows)
     launch.logits(chunk, slab=Slab(slab_TV, c_T, active=active))
     launch.patch(chunk, slab_TV, patch_T, 0, V)
-    return slab_TV, scale_T, (x * scale_T[:, None]).to(x.dtype)
+    return scale_T, (x * scale_T[:, None]).to(x.dtype)
 
 
 def chunk_tokens(problem: Problem) -> int:
