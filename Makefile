@@ -17,8 +17,8 @@ PIP   = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-slow lint bench clean
 
-demo: $(VENV)/.demo
-	$(BIN)/redi run recipes/demo.yaml
+demo: $(VENV)/.demo  # one thread: the model is so small that a second one is mostly waited for
+	OMP_NUM_THREADS=1 $(BIN)/redi run recipes/demo.yaml
 
 # One worker a core and one thread a worker: many small tests, none of which fills two threads.
 test: $(VENV)/.dev
