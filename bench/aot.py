@@ -1,7 +1,7 @@
 """Compile every shipped Triton kernel for GPUs that are not here, and hold the result to account.
 
-    python bench/aot.py                  compile, print, write docs/aot.md; exit 1 if a gate fails
-    python bench/aot.py --arch 90        one architecture only, nothing written
+    python bench/aot.py --write docs/aot.md    all of them; exit 1 if a gate fails
+    python bench/aot.py --arch 90              one architecture
 
 Gates, for sm_80 and sm_90: no register spills (LDL/STL), shared memory within what a block may
 have, tensor-core instructions inside a loop of every matmul. sm_100 and gfx942 are compiled and
@@ -11,13 +11,12 @@ be launched there, specialisations included.
 """
 
 import argparse
-import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -39,6 +38,13 @@ SHARED_LIMIT = {"80": 166912, "90": 232448, "100": 232448, "gfx942": 65536}  # b
 TENSOR = ("HMMA", "HGMMA", "UTCHMMA")
 COUNTED = (*TENSOR, "LDGSTS", "UTMALDG", "LDSM", "STSM", "MUFU", "FFMA", "BAR", "LDL", "STL")
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+HEADING = """<!-- made by bench/aot.py -->
+# What the Triton kernels compile to
+
+`make aot` with triton {}. On sm_80 and sm_90 spills must be 0, shared memory within a block's limit
+(163 and 227 KiB), and every bf16 matmul must have tensor-core instructions in a loop ("in a loop").
+The others are for information. A change of these numbers is a change of the kernels.
+"""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -220,14 +226,15 @@ def table(rows: list[Compiled]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", choices=TARGETS)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--write", type=Path, help="also write the table to this Markdown file")
     args = parser.parse_args()
     rows = [
         row for arch in ([args.arch] if args.arch else TARGETS) for row in compile_shipped(arch)
     ]
-    print(f"triton {triton.__version__}\n\n{table(rows)}")
-    if args.json:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    text = table(rows)
+    print(text)
+    if args.write:
+        args.write.write_text(f"{HEADING.format(triton.__version__)}\n{text}\n")
     failed = [(row, p) for row in rows if row.arch in GATED for p in row.problems()]
     for row, problem in failed:
         print(f"FAIL sm_{row.arch} {row.dtype} {row.kernel} [{row.variant}]: {problem}")

@@ -75,7 +75,7 @@ SM90 = Config(
     Tile(128, 256, 64, stages=4, parts=8), _SM90_MATMUL, _SM90_MATMUL, tma=True, persistent=True
 )
 # fp32 runs on the ordinary cores: tf32 would not be the fp32 that was asked for.
-_FP32_TILE = Tile(64, 64, 16, warps=4)
+_FP32_TILE = Tile(128, 64, 16)
 FP32 = Config(_FP32_TILE, (_FP32_TILE,), (_FP32_TILE,))
 # AMD: 64 KiB of LDS.
 _CDNA_TILE = Tile(128, 128, 32, stages=2, parts=4)
