@@ -50,9 +50,11 @@ def weighted(
     """
     with launch.on_device(x_NH):
         problem = _problem(x_NH, w_VH, y_N, head)
-        if x_NH.dtype != torch.float16:
+        if any(needs) and x_NH.dtype != torch.float16:
             return fused.weighted(problem, weight_N.float(), needs)
         logp_N, lse_N, *_ = primitive.forward(problem)
+        if not any(needs):
+            return logp_N, None, None, None
         return logp_N, *primitive.backward(
             problem, logp_N, lse_N, weight_N.float(), torch.zeros_like(lse_N), needs
         )

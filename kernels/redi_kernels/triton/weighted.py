@@ -20,8 +20,10 @@ likelihood: exp(z - c) stays in range for any token likelier than exp(-LIMIT). R
 unlikelier one are done again with c = lse, which the device decides by itself, without a sync.
 
 Traffic per chunk of C tokens: slab 6 C V bytes, and dW's fp32 accumulator 8 V H bytes: the chunk
-should be long. At C = 1152 (slab 350 MB, V = 152k, H = 1536) the accumulator moves 1.9 GB per 1.6
-TFLOP: 0.62 ms of HBM time beside 2.0 ms of matmuls, overlapped when two programs share an SM.
+should be long. At C = 1152 (slab 350 MB, V = 152k, H = 1536) the accumulator moves 1.9 GB beside
+1.6 TFLOP, on an H100 0.6 ms beside 2.0 ms (modelled). It moves in epilogues, which only the next tile's
+loads overlap, so part of it shows: where memory allows, a slab of 1.2 GB (C = 4096) makes it a
+quarter. bench/gpu_check.py times both; the default keeps to 0.4 GB.
 """
 
 import torch
