@@ -92,7 +92,7 @@ def table(title: str, models: list[str], baseline: str, folders: list[Path]) -> 
             model,
             interval([a.pass_at_1 for a, _ in pairs]),
             interval([a.pass_at_1 - b.pass_at_1 for a, b in pairs]) if model != baseline else "",
-            f"{mean(leaps(folder / 'eval' / model) for folder in folders):.2f}",
+            f"{100 * mean(leaps(folder / 'eval' / model) for folder in folders):.0f}",
             f"{mean(float(a.num_tokens_PN.mean()) for a, _ in pairs):.1f}",
             *(
                 f"{mean(row[key] for row in last):.2f}" if key in last[0] else ""
@@ -104,30 +104,33 @@ def table(title: str, models: list[str], baseline: str, folders: list[Path]) -> 
     over_seeds = Table(
         ["model", "pass@1", f"minus {baseline}", "leaps", "tokens", "chosen", "rejected"],
         means,
-        f"{len(folders)} seeds, {problems} held-out problems x {samples} samples each; ± is a 95% "
-        "t-interval over seeds. leaps: share of samples that take two terms in a step. chosen, "
+        f"{len(folders)} seeds, {problems} held-out problems x {samples} samples each; in percent, "
+        "± is a 95% t-interval over seeds. leaps: samples that take two terms in a step. chosen, "
         "rejected: log-probs per token at the end of training.",
     )
     by_seed = Table(
         ["model", *(folder.name for folder in folders)],
         seeds,
-        f"pass@1 (95% bootstrap interval over problems of the difference to {baseline})",
+        f"pass@1 in percent (95% bootstrap interval over problems of the difference to {baseline})",
     )
     return f"### {title}\n\n{over_seeds.markdown()}\n{by_seed.markdown()}"
 
 
-def interval(values: list[float]) -> str:
-    """Mean over seeds and the half-width of its 95% t-interval."""
-    if len(values) < 2:
-        return f"{mean(values):.3f}"
-    return f"{mean(values):.3f} ± {T975[len(values) - 1] * stdev(values) / sqrt(len(values)):.3f}"
+def interval(shares: list[float]) -> str:
+    """In percent: the mean over seeds and the half-width of its 95% t-interval."""
+    percent = [100 * share for share in shares]
+    if len(percent) < 2:
+        return f"{mean(percent):.1f}"
+    half = T975[len(percent) - 1] * stdev(percent) / sqrt(len(percent))
+    return f"{mean(percent):.1f} ± {half:.1f}"
 
 
 def each(result: EvalResult, baseline: EvalResult, compare: bool) -> str:
     if not compare:
-        return f"{result.pass_at_1:.3f}"
+        return f"{100 * result.pass_at_1:.1f}"
     difference = paired_difference(result, baseline)
-    return f"{result.pass_at_1:.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+    low, high = 100 * difference.low, 100 * difference.high
+    return f"{100 * result.pass_at_1:.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def leaps(evaluation: Path) -> float:
