@@ -23,6 +23,7 @@ EXTRAS["dev"] = [
     # All that the tests need, so that only tests for an NVIDIA GPU are skipped.
     *EXTRAS["data"],
     *EXTRAS["plot"],
+    *EXTRAS["lora"],
     TRITON,  # its interpreter runs the GPU kernels' tests on a CPU
     "build",
     "hypothesis",
@@ -32,6 +33,7 @@ EXTRAS["dev"] = [
     "pytest-xdist",
     "ruff",
     "setuptools>=77",  # the wheel test builds without isolation
+    "trl>=1.16,<2",
     "types-PyYAML",
 ]
 

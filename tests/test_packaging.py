@@ -99,7 +99,8 @@ def test_wheel_holds_every_module(wheel_names: list[str]) -> None:
     ("package", "forbidden"),
     [
         ("redi", ["transformers", "triton", "math_verify", "matplotlib", "datasets", "peft"]),
-        ("redi_kernels", ["transformers", "triton", "redi"]),
+        ("redi_kernels", ["transformers", "triton", "trl", "peft", "redi"]),
+        ("redi_kernels.hf", ["transformers", "triton", "trl", "peft", "redi"]),
     ],
 )
 def test_import_stays_light(package: str, forbidden: list[str], tmp_path: Path) -> None:
