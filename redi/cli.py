@@ -8,6 +8,7 @@
 Any field of a recipe can be given as `--field value`; inside a section, as `--section.field value`.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,7 +64,8 @@ def train(
         result = train_stage(settings, name=settings.objective)
     finally:
         distributed.teardown()
-    print(f"model: {result.output_dir} ({result.steps} steps)")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"model: {result.output_dir} ({result.steps} steps)")
 
 
 @app.command("eval", context_settings=FIELDS)

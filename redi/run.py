@@ -91,6 +91,10 @@ def run(
     if not isinstance(config, RunConfig):
         config = load_config(RunConfig, config, {})
     job = Job(config)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RediError(
+            "redi run is one process: under torchrun run its stages one by one, with redi train"
+        )
     job.root.mkdir(parents=True, exist_ok=True)
     if config.task is not None:
         _make_task(job)

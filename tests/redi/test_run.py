@@ -191,6 +191,13 @@ def test_everything_is_checked_before_any_work(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_torchrun_is_for_single_stages(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RediError, match="redi train"):
+        run(make_config(RunConfig, recipe(tmp_path), "recipe.yaml"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_seed_reaches_every_stage(tmp_path):
     job = Job(make_config(RunConfig, recipe(tmp_path, seed=7), "recipe.yaml"))
     assert {stage.seed for stage in job.stages.values()} == {7}
