@@ -88,11 +88,12 @@ def table(title: str, models: list[str], baseline: str, folders: list[Path]) -> 
         pairs = list(zip(results[model], results[baseline], strict=True))
         logs = [read_metrics(folder / model / "metrics.jsonl")[-5:] for folder in folders]
         last = [row for rows in logs for row in rows]
+        working = [ways(folder / "eval" / model) for folder in folders]
         means.append([
             model,
             interval([a.pass_at_1 for a, _ in pairs]),
             interval([a.pass_at_1 - b.pass_at_1 for a, b in pairs]) if model != baseline else "",
-            f"{100 * mean(leaps(folder / 'eval' / model) for folder in folders):.0f}",
+            *(f"{100 * mean(share):.0f}" for share in zip(*working, strict=True)),
             f"{mean(float(a.num_tokens_PN.mean()) for a, _ in pairs):.1f}",
             *(
                 f"{mean(row[key] for row in last):.2f}" if key in last[0] else ""
@@ -102,11 +103,12 @@ def table(title: str, models: list[str], baseline: str, folders: list[Path]) -> 
         seeds.append([model, *(each(a, b, model != baseline) for a, b in pairs)])
     problems, samples = results[baseline][0].correct_PN.shape
     over_seeds = Table(
-        ["model", "pass@1", f"minus {baseline}", "leaps", "tokens", "chosen", "rejected"],
+        ["model", "pass@1", f"minus {baseline}", "leaps", "steps", "tokens", "chosen", "rejected"],
         means,
         f"{len(folders)} seeds, {problems} held-out problems x {samples} samples each; in percent, "
-        "± is a 95% t-interval over seeds. leaps: samples that take two terms in a step. chosen, "
-        "rejected: log-probs per token at the end of training.",
+        "± is a 95% t-interval over seeds. leaps: share of samples that take two terms in some "
+        "step; steps: how many of the others are right; tokens: mean length; chosen, rejected: "
+        "log-probs per token at the end of training.",
     )
     by_seed = Table(
         ["model", *(folder.name for folder in folders)],
@@ -133,10 +135,12 @@ def each(result: EvalResult, baseline: EvalResult, compare: bool) -> str:
     return f"{100 * result.pass_at_1:.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def leaps(evaluation: Path) -> float:
-    """Share of samples that take more than one term in some step."""
+def ways(evaluation: Path) -> tuple[float, float]:
+    """Share of samples that take two terms in some step, and of right ones among the others."""
     rows = [json.loads(line) for line in (evaluation / "generations.jsonl").open()]
-    return mean(is_leap(row["text"]) for row in rows)
+    others = [row for row in rows if not is_leap(row["text"])]
+    right = [row["finished"] and row["verdict"] == "correct" for row in others]
+    return 1 - len(others) / len(rows), mean(right) if right else 0.0
 
 
 if __name__ == "__main__":
