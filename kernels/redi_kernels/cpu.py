@@ -21,13 +21,18 @@ from redi_kernels.head import Head, accumulator
 BUFFER_BYTES = 48 << 20  # of the [B, V] buffer: new memory stays within 64 MiB
 BLOCK_ROWS = (16, 1024)  # fewer rows starve the matmul, more would only pad small problems
 GROUP_BYTES = 1 << 20  # of a group of rows in the accumulator's dtype: about one core's L2
-DW_ROWS = 4096  # vocabulary rows per matmul where its result is narrower than dW's accumulator
+DW_ROWS = 2048  # vocabulary rows per matmul where its result is narrower than dW's accumulator
 
 
 def forward(
     x_NH: Tensor, w_VH: Tensor, y_N: Tensor, head: Head
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logp_N, lse_N, entropy_N, correct_N) of targets `y_N`, each in [0, V). 1 U."""
+    """(logp_N, lse_N, entropy_N, correct_N) of targets `y_N`, each in [0, V). 1 U.
+
+    logp <= 0, always: the target's logit is read where the maximum and the sum are, and the sum
+    holds exp(0) = 1. (lse - logit, the obvious way, exceeds 0 by the rounding of a large lse.)
+    torch.softmax would be quicker, but on CPU its rows sum to 1 within 2e-5 only: a bias.
+    """
     N = len(x_NH)
     blocks = _Blocks(x_NH, w_VH, head)
     y_P = blocks.pad(y_N)
@@ -38,14 +43,15 @@ def forward(
             t = slice(start + r.start, start + r.stop)
             z_RV, _ = blocks.epilogue(z_BV[r])
             target_R, max_R = _gather(z_RV, y_P[t]), z_RV.amax(dim=1)
-            p_RV = torch.softmax(z_RV, dim=1)
-            logp_P[t], log_sum_R = _log_probs(target_R, max_R, p_RV)
-            lse_P[t] = max_R + log_sum_R
-            correct_P[t] = target_R >= max_R
-            z_RV.sub_(max_R[:, None])
+            e_RV = z_RV.sub_(max_R[:, None]).exp()
+            sum_R = e_RV.sum(dim=1)
             if head.bias_V is not None:  # -inf masks a token: 0 * -inf
                 z_RV.clamp_(min=torch.finfo(blocks.acc).min)
-            entropy_P[t] = log_sum_R - p_RV.mul_(z_RV).sum(dim=1)
+            log_sum_R = sum_R.log()
+            logp_P[t] = (target_R - max_R) - log_sum_R
+            lse_P[t] = max_R + log_sum_R
+            entropy_P[t] = log_sum_R - e_RV.mul_(z_RV).sum(dim=1) / sum_R
+            correct_P[t] = target_R >= max_R
     return logp_P[:N], lse_P[:N], entropy_P[:N], correct_P[:N]
 
 
@@ -68,11 +74,13 @@ def weighted(
             t = slice(start + r.start, start + r.stop)
             z_RV, chain_RV = blocks.epilogue(z_BV[r])
             target_R, max_R = _gather(z_RV, y_P[t]), z_RV.amax(dim=1)
-            p_RV = torch.softmax(z_RV, dim=1, out=z_RV)
-            logp_R, _ = _log_probs(target_R, max_R, p_RV)
+            e_RV = z_RV.sub_(max_R[:, None]).exp_()
+            sum_R = e_RV.sum(dim=1)
+            logp_R = (target_R - max_R) - sum_R.log()
             logp_P[t] = logp_R
-            if any(needs):  # weight (onehot - p), the target's 1 - p from its log-prob
-                g_RV = p_RV.mul_(-weight_P[t, None])
+            if any(needs):
+                # weight (onehot - p); the target's 1 - p from its log-prob, before any rounding
+                g_RV = e_RV.mul_((-weight_P[t] / sum_R)[:, None])
                 _scatter(g_RV, y_P[t], -weight_P[t] * logp_R.expm1())
                 grads.add_rows(z_BV[r], g_RV, chain_RV)
         grads.add_block(start, n, x_nH, z_BV)
@@ -90,11 +98,7 @@ def backward(
     head: Head,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of sum(dlogp * logp + dlse * lse), from recomputed logits. 3 U.
-
-    A whole row is at hand, so p is normalised anew: exp(z - lse) would inherit the rounding of a
-    large lse, which is not used.
-    """
+    """Gradients of sum(dlogp * logp + dlse * lse), from recomputed logits. 3 U."""
     blocks = _Blocks(x_NH, w_VH, head)
     grads = _Gradients(x_NH, w_VH, blocks, needs)
     dlogp_N, dlse_N = dlogp_N.to(blocks.acc), dlse_N.to(blocks.acc)
@@ -106,21 +110,14 @@ def backward(
             r = slice(r.start, min(r.stop, n))
             t = slice(start + r.start, start + r.stop)
             z_RV, chain_RV = blocks.epilogue(z_BV[r])
-            g_RV = torch.softmax(z_RV, dim=1, out=z_RV).mul_(other_N[t, None])
+            # a large lse is rounded coarsely, and p = exp(z - lse) with it; target - logp is not
+            lse_R = lse_N[t]
+            correction_R = (logp_N[t] - (_gather(z_RV, y_N[t]) - lse_R)).exp()
+            g_RV = z_RV.sub_(lse_R[:, None]).exp_().mul_((other_N[t] * correction_R)[:, None])
             _scatter(g_RV, y_N[t], target_N[t])
             grads.add_rows(z_BV[r], g_RV, chain_RV)
         grads.add_block(start, n, x_nH, z_BV)
     return grads.result()
-
-
-def _log_probs(target_R: Tensor, max_R: Tensor, p_RV: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(target), never above 0, and log(sum(exp(z - max))), which is -log(max p).
-
-    target - lse, the obvious way, exceeds 0 by the rounding of a large lse. Here nothing is large:
-    target - max <= 0, and the sum holds exp(0) = 1; the clamp is for an exp that misses it.
-    """
-    log_sum_R = -p_RV.amax(dim=1).log_()
-    return (target_R - max_R - log_sum_R).clamp_(max=0), log_sum_R
 
 
 class _Blocks:

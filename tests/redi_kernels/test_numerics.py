@@ -208,3 +208,12 @@ def test_strided_inputs() -> None:
     )
     check(problem, primitive(strided))
     check(problem, fused(strided))
+
+
+def test_log_probs_have_no_common_bias() -> None:
+    """torch.softmax's fp32 rows sum to 1 within 2e-5 on CPU, all to one side; these must not."""
+    problem = make_problem(300, 30_000, 32, ignored=0.0)
+    z_TV = problem.x_TH @ problem.w_VH.T  # its own rounding is not in question
+    exact_T = torch.log_softmax(z_TV.double(), dim=1).gather(1, problem.y_T[:, None])[:, 0]
+    error_T = primitive(problem).logp_T.double() - exact_T
+    assert error_T.mean().abs() < 3e-7
