@@ -82,8 +82,8 @@ def compare(x_TH, w_VH, y_T, head, dlogp_T, dlse_T=None):
         judge(*three, name)
 
 
-# T, H, V: one token; rows TMA cannot read; ragged everywhere; H and V one off a tile; several slices and token blocks
-SHAPES = [(1, 8, 1), (33, 9, 40), (1, 24, 130), (70, 72, 333), (65, 64, 129), (129, 136, 511)]
+# T, H, V: one of each; rows TMA cannot read; ragged everywhere; T and V one past whole tiles
+SHAPES = [(1, 8, 1), (33, 9, 40), (70, 72, 333), (129, 64, 257)]
 HEADS = {
     "plain": {},
     "bias": {"bias": True},
@@ -180,10 +180,10 @@ def test_masked_vocabulary():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logprobs_do_not_depend_on_the_batch(form, dtype):
     """Bitwise: twice, permuted, alone, in another place of a longer batch, and on both paths."""
-    x_TH, w_VH, y_T, _, weight_T = problem(150, 72, 400, DTYPES[dtype])
+    x_TH, w_VH, y_T, _, weight_T = problem(130, 72, 260, DTYPES[dtype])
     logp_T, lse_T, entropy_T, _ = kernels.forward(x_TH, w_VH, y_T, Head())
-    order = torch.randperm(150, generator=torch.Generator().manual_seed(1))
-    for index in (slice(None), order, slice(77, 78), slice(30, 140)):
+    order = torch.randperm(130, generator=torch.Generator().manual_seed(1))
+    for index in (slice(None), order, slice(77, 78), slice(30, 120)):
         again = kernels.forward(x_TH[index].contiguous(), w_VH, y_T[index], Head())
         for a, b in zip(again, (logp_T, lse_T, entropy_T), strict=False):
             assert torch.equal(a, b[index])
@@ -212,7 +212,7 @@ def test_only_what_is_needed(needs):
 
 def test_slices_and_chunks_change_only_the_rounding(monkeypatch):
     """One slab for everything, or many: the log-probs' bits stay, gradients differ by rounding."""
-    x_TH, w_VH, y_T, _, weight_T = problem(200, 40, 600, torch.float32)
+    x_TH, w_VH, y_T, _, weight_T = problem(130, 40, 400, torch.float32)
     results = []
     for slab_bytes in (1 << 10, 1 << 30):
         config = dataclasses.replace(configs.INTERPRETER, slab_bytes=slab_bytes)

@@ -62,7 +62,7 @@ def weighted(
 
 def _problem(x_NH: Tensor, w_VH: Tensor, y_N: Tensor, head: Head) -> launch.Problem:
     config = configs.select(x_NH.device, x_NH.dtype)
-    x_NH, w_VH = (m if m.stride(1) == 1 else m.contiguous() for m in (x_NH, w_VH))
+    x_NH, w_VH = (m if launch.has_rows(m) else m.contiguous() for m in (x_NH, w_VH))
     if not launch.can_use_tma(x_NH, w_VH):
         config = configs.without_tma(config)
     return launch.Problem(x_NH, w_VH, y_N, head.bias_V, head.softcap, head.logit_scale, config)

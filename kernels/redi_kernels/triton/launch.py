@@ -26,6 +26,11 @@ def operand(matrix: Tensor, block: tuple[int, int], tma: bool):
     return TensorDescriptor.from_tensor(matrix, list(block)) if tma else matrix
 
 
+def has_rows(matrix: Tensor) -> bool:
+    """Rows of neighbouring elements that do not overlap: what the kernels can read."""
+    return matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+
+
 def can_use_tma(*matrices: Tensor) -> bool:
     """TMA wants 16-byte aligned bases and rows."""
     return all(

@@ -61,7 +61,8 @@ def logits_kernel(
                 e, z_y = s, s
             if SLAB:
                 c = tl.load(c_ptr + rows, mask=in_t, other=float("inf"))  # rows past T become 0
-                a = tl.load(a_ptr + rows, mask=in_t, other=0.0) if SCALED else 1.0
+                if SCALED:
+                    a = tl.load(a_ptr + rows, mask=in_t, other=0.0)
 
             parts = columns(z_tile, PARTS)
             for i in tl.static_range(PARTS):

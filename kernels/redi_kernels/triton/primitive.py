@@ -20,6 +20,7 @@ from torch import Tensor
 from redi_kernels.triton import launch
 from redi_kernels.triton.launch import Problem, Slab, Statistics
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 FORWARD_TOKENS = 16384  # bounds the table of statistics: 12 V / BLOCK_V bytes per token
 
 
@@ -40,13 +41,12 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def backward(
     problem: Problem, logp_T: Tensor, lse_T: Tensor, dlogp_T: Tensor, dlse_T: Tensor,
     needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+) -> Gradients:  # fmt: skip
     """(dx_TH, dw_VH, db_V) of sum(dlogp * logp + dlse * lse); None where not needed."""
     p, config = problem, problem.config
-    T, V, H = p.sizes
+    T, V, _ = p.sizes
     if T == 0:
         return zero_gradients(p, needs)
-    needs_x, needs_w, needs_bias = needs
     # d logp / dz = onehot - p and d lse / dz = p. The target's 1 - p comes from logp, where it does
     # not cancel as p -> 1.
     a_T = dlse_T - dlogp_T
@@ -54,49 +54,58 @@ def backward(
     if p.softcap is not None:
         target_T = target_T * (1 - ((logp_T + lse_T) / p.softcap) ** 2)
     per_slice = slice_columns(p)
-    dx_TH = p.new(T, H, dtype=p.x_TH.dtype) if needs_x else None
-    acc_TH = running_sum(dx_TH, num_pieces=triton.cdiv(V, per_slice))
-    dw_VH = p.new(V, H, dtype=p.w_VH.dtype) if needs_w else None
-    db_V = torch.zeros_like(p.bias_V, dtype=torch.float32) if needs_bias else None
+    dx = Pieces(torch.empty_like(p.x_TH), triton.cdiv(V, per_slice)) if needs[0] else None
+    dw_VH = torch.empty_like(p.w_VH) if needs[1] else None
+    db_V = p.new(V).zero_() if needs[2] else None
     slab_TV = p.slab(per_slice)
     for first_v in range(0, V, per_slice):
         num_v = min(per_slice, V - first_v)
-        is_first, is_last = first_v == 0, first_v + num_v == V
+        columns = slice(first_v, first_v + num_v)
         launch.logits(p, slab=Slab(slab_TV, lse_T, a_T), first_v=first_v, num_v=num_v)
         launch.patch(p, slab_TV, target_T, first_v, num_v)
         if dw_VH is not None:
             launch.matmul(
-                config, config.dw, slab_TV, p.x_TH, dw_VH[first_v : first_v + num_v],
-                transposed=True, num_k=T, alpha=p.logit_scale,
+                config, config.dw, slab_TV, p.x_TH, dw_VH[columns], transposed=True, num_k=T,
+                alpha=p.logit_scale,
             )  # fmt: skip
-        if dx_TH is not None:
+        if dx is not None:
+            so_far, out = dx.next()
             launch.matmul(
-                config, config.dx, slab_TV, p.w_VH, dx_TH if is_last else acc_TH,
-                transposed=False, first_k=first_v, num_k=num_v, alpha=p.logit_scale,
-                acc_MN=None if is_first else acc_TH,
+                config, config.dx, slab_TV, p.w_VH, out, transposed=False, first_k=first_v,
+                num_k=num_v, alpha=p.logit_scale, acc_MN=so_far,
             )  # fmt: skip
         if db_V is not None:
-            launch.column_sum(slab_TV, None, db_V[first_v : first_v + num_v], T)
-    return dx_TH, dw_VH, db_V.to(p.bias_V.dtype) if db_V is not None else None
-
-
-def zero_gradients(problem: Problem, needs: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
-    """What no tokens give."""
-    wanted = zip(needs, (problem.x_TH, problem.w_VH, problem.bias_V), strict=True)
-    return tuple(torch.zeros_like(m) if need else None for need, m in wanted)
+            launch.column_sum(slab_TV, None, db_V[columns], T)
+    return dx.out if dx else None, dw_VH, db_V
 
 
 def slice_columns(problem: Problem) -> int:
     """Columns of a slab within `slab_bytes`, in whole tiles of both kernels that cut it up."""
     T, V, _ = problem.sizes
-    tiles = problem.config
     unit = problem.slab_unit
-    fitting = tiles.slab_bytes // (T * problem.x_TH.element_size()) // unit * unit
-    return min(max(fitting, tiles.min_slice), launch.padded(V, unit))
+    fitting = problem.config.slab_bytes // (T * problem.x_TH.element_size()) // unit * unit
+    return min(max(fitting, problem.config.min_slice), launch.padded(V, unit))
 
 
-def running_sum(out: Tensor | None, num_pieces: int) -> Tensor | None:
-    """Where a sum in pieces lives between them: the output itself if it is fp32, else a buffer."""
-    if out is None or num_pieces == 1:
-        return None
-    return out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+def zero_gradients(problem: Problem, needs: tuple[bool, bool, bool]) -> Gradients:
+    """What no tokens give."""
+    x_TH, w_VH = problem.x_TH, problem.w_VH
+    dx_TH = torch.zeros_like(x_TH) if needs[0] else None
+    dw_VH = torch.zeros_like(w_VH) if needs[1] else None
+    return dx_TH, dw_VH, problem.new(len(w_VH)).zero_() if needs[2] else None
+
+
+class Pieces:
+    """An output whose sum arrives in pieces: fp32 between them, one rounding at the last."""
+
+    def __init__(self, out: Tensor, num_pieces: int) -> None:
+        in_place = out.dtype == torch.float32 or num_pieces == 1
+        self.out, self.left = out, num_pieces
+        self.acc = out if in_place else torch.empty_like(out, dtype=torch.float32)
+        self.so_far: Tensor | None = None
+
+    def next(self) -> tuple[Tensor | None, Tensor]:
+        """(the sum so far, if any, where the sum with the next piece goes)."""
+        self.left -= 1
+        so_far, self.so_far = self.so_far, self.acc
+        return so_far, self.acc if self.left else self.out

@@ -21,9 +21,9 @@ unlikelier one are done again with c = lse, which the device decides by itself, 
 
 Traffic per chunk of C tokens: slab 6 C V bytes, and dW's fp32 accumulator 8 V H bytes: the chunk
 should be long. At C = 1152 (slab 350 MB, V = 152k, H = 1536) the accumulator moves 1.9 GB beside
-1.6 TFLOP, on an H100 0.6 ms beside 2.0 ms (modelled). It moves in epilogues, which only the next tile's
-loads overlap, so part of it shows: where memory allows, a slab of 1.2 GB (C = 4096) makes it a
-quarter. bench/gpu_check.py times both; the default keeps to 0.4 GB.
+1.6 TFLOP, on an H100 0.6 ms beside 2.0 ms (modelled). It moves in epilogues, which only the next
+tile's loads overlap, so part of it shows: where memory allows, a slab of 1.2 GB (C = 4096) makes it
+a quarter. bench/gpu_check.py times both; the default keeps to 0.4 GB.
 """
 
 import torch
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from redi_kernels.triton import launch, reduce
 from redi_kernels.triton.launch import Fused, Problem, Slab, Statistics
-from redi_kernels.triton.primitive import running_sum, zero_gradients
+from redi_kernels.triton.primitive import Pieces, zero_gradients
 
 LIMIT = 40.0  # exp(40) = 2e17: far inside the range of fp32 and bf16, scaled by any sane weight
 
@@ -42,21 +42,18 @@ def weighted(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(logp_T, dx_TH, dw_VH, db_V); None where not needed."""
     p, config = problem, problem.config
-    T, V, H = p.sizes
+    T, V, _ = p.sizes
     if T == 0:
         return p.new(0), *zero_gradients(p, needs)
-    needs_x, needs_w, needs_bias = needs
     per_chunk = chunk_tokens(p)
     logp_T = p.new(T)
-    dx_TH = p.new(T, H, dtype=p.x_TH.dtype) if needs_x else None
-    dw_VH = p.new(V, H, dtype=p.w_VH.dtype) if needs_w else None
-    acc_VH = running_sum(dw_VH, num_pieces=triton.cdiv(T, per_chunk))
-    db_V = torch.zeros_like(p.bias_V, dtype=torch.float32) if needs_bias else None
+    dx_TH = torch.empty_like(p.x_TH) if needs[0] else None
+    dw = Pieces(torch.empty_like(p.w_VH), triton.cdiv(T, per_chunk)) if needs[1] else None
+    db_V = p.new(V).zero_() if needs[2] else None
     slab_TV = p.chunk(0, per_chunk).slab(V)
     for first in range(0, T, per_chunk):
         chunk = p.chunk(first, first + per_chunk)
         num_t = chunk.sizes[0]
-        is_first, is_last = first == 0, first + num_t == T
         rows = slice(first, first + num_t)
         scale_T, xs_TH = scaled_softmax(chunk, slab_TV, weight_T[rows], logp_T[rows])
         if dx_TH is not None:
@@ -64,14 +61,15 @@ def weighted(
                 config, config.dx, slab_TV, p.w_VH, dx_TH[rows], transposed=False, num_k=V,
                 scale_M=scale_T, alpha=p.logit_scale,
             )  # fmt: skip
-        if dw_VH is not None:
+        if dw is not None:
+            so_far, out = dw.next()
             launch.matmul(
-                config, config.dw, slab_TV, xs_TH, dw_VH if is_last else acc_VH, transposed=True,
-                num_k=num_t, alpha=p.logit_scale, acc_MN=None if is_first else acc_VH,
+                config, config.dw, slab_TV, xs_TH, out, transposed=True, num_k=num_t,
+                alpha=p.logit_scale, acc_MN=so_far,
             )  # fmt: skip
         if db_V is not None:
             launch.column_sum(slab_TV, scale_T, db_V, num_t)
-    return logp_T, dx_TH, dw_VH, db_V.to(p.bias_V.dtype) if db_V is not None else None
+    return logp_T, dx_TH, dw.out if dw else None, db_V
 
 
 def scaled_softmax(
