@@ -15,7 +15,7 @@ VENV := .venv
 BIN  := $(VENV)/bin
 PIP   = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench aot aot-3.6 count memory gpu-check clean
 
 demo: $(VENV)/.demo  # one thread: the model is so small that a second one is mostly waited for
 	OMP_NUM_THREADS=1 $(BIN)/redi run recipes/demo.yaml
@@ -34,6 +34,24 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest bench -o python_files='bench_*.py' --benchmark-json runs/bench.json
+
+# The Triton kernels without a GPU: what they compile to, what they cost, what they keep in memory.
+# `count` and `memory` show the peers that are installed: cut-cross-entropy, liger-kernel, trl.
+aot: $(VENV)/.dev
+	$(BIN)/python bench/aot.py --write docs/aot.md
+
+aot-3.6: $(VENV)/.dev
+	$(PIP) --upgrade --target $(VENV)-triton-3.6 triton==3.6.0
+	PYTHONPATH=$(VENV)-triton-3.6 $(BIN)/python bench/aot.py
+
+count: $(VENV)/.dev
+	$(BIN)/python bench/count.py --write docs/count.md
+
+memory: $(VENV)/.dev
+	$(BIN)/python bench/memory.py --write docs/memory.md
+
+gpu-check: $(VENV)/.dev
+	$(BIN)/python bench/gpu_check.py
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
