@@ -1,34 +1,24 @@
 """TRL's trainers on the CPU: whole runs against TRL's own loss and against dense SGD by hand."""
 
+import os
+import subprocess
+import sys
+
 import dense
 import pytest
 import tiny
 import torch
 import trl.trainer.utils as trl_utils
+import trl_ranks
 from datasets import Dataset
 from docs_code import run_section
 from peft import LoraConfig
 from redi_kernels.trl import RediTrainer
 from trl import DPOConfig, SFTConfig, SFTTrainer
+from trl_ranks import SETTINGS, pairs, train
 
 PAGE = "integrations.md"
-LR = 0.05
-COMMON = {
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "num_train_epochs": 1,
-    "max_grad_norm": 0.0,
-    "optim": "sgd",
-    "learning_rate": LR,
-    "lr_scheduler_type": "constant",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "use_cpu": True,
-    "bf16": False,
-    "disable_tqdm": True,
-    "max_length": None,
-}
+LR = SETTINGS["learning_rate"]
 
 
 @pytest.fixture
@@ -41,18 +31,14 @@ def no_trl_head(monkeypatch):
     monkeypatch.setattr(trl_utils._ChunkedLogProbFunction, "apply", stop)
 
 
-def make_redi(tmp_path, lm, *, count=7, config=None, **kwargs):
-    dataset = Dataset.from_list([drop_id(row) for row in tiny.pair_rows(count)])
-    args = DPOConfig(output_dir=str(tmp_path), **{**COMMON, **(config or {})})
+def make_redi(tmp_path, lm, *, config=None, **kwargs):
+    dataset = pairs(7)
+    args = DPOConfig(output_dir=str(tmp_path), **{**SETTINGS, **(config or {})})
     names = {"model": lm, "args": args, "dataset": dataset, "tokenizer": tiny.make_tokenizer()}
     if not kwargs:
         return run_section(PAGE, "TRL", block=1, **names)["trainer"]
     names["train_dataset"], names["processing_class"] = names.pop("dataset"), names.pop("tokenizer")
     return RediTrainer(**names, **kwargs)
-
-
-def drop_id(row):
-    return {name: value for name, value in row.items() if name != "id"}
 
 
 def record(trainer):
@@ -85,7 +71,7 @@ def assert_same_weights(ours, theirs):
 def test_sft_equals_trls_own(tmp_path, request):
     rows = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in tiny.pair_rows(7)]
     dataset, tokenizer = Dataset.from_list(rows), tiny.make_tokenizer()
-    args = SFTConfig(output_dir=str(tmp_path), **COMMON)
+    args = SFTConfig(output_dir=str(tmp_path), **SETTINGS)
     theirs = tiny.make_lm()
     plain = SFTTrainer(theirs, args, train_dataset=dataset, processing_class=tokenizer)
     plain.train()
@@ -137,7 +123,7 @@ def test_redi_with_lora_and_evaluation(tmp_path, no_trl_head):
     before = {name: p.clone() for name, p in lm.named_parameters()}
     lora = LoraConfig(target_modules=["q_proj", "down_proj"], r=2)
     trainer = make_redi(tmp_path, lm, peft_config=lora, alpha=0.5)
-    held_out = Dataset.from_list([drop_id(row) for row in tiny.pair_rows(3)])
+    held_out = pairs(3)
     sequences = record(trainer)
     loss = trainer.evaluate(held_out)["eval_loss"]
     with torch.no_grad():
@@ -162,3 +148,21 @@ def test_lora_on_the_head_is_refused(tmp_path):
     lora = LoraConfig(target_modules=["q_proj", "lm_head"], r=2)
     with pytest.raises(ValueError, match="lm_head"):
         make_redi(tmp_path, tiny.make_lm(), peft_config=lora)
+
+
+@pytest.mark.slow
+def test_two_ranks_take_the_steps_of_one(tmp_path):
+    file = tmp_path / "ranks.pt"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    result = subprocess.run(
+        [*torchrun, "--nproc_per_node", "2", trl_ranks.__file__, str(file)],
+        capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    weights, losses = torch.load(file)
+    alone = train(tmp_path)
+    for name, weight in alone.model.state_dict().items():
+        torch.testing.assert_close(weights[name], weight, atol=1e-6, rtol=1e-5, msg=name)
+    expected = [row["loss"] for row in alone.state.log_history if "loss" in row]
+    assert losses == pytest.approx(expected, rel=1e-4) and len(losses) == 3
