@@ -154,7 +154,7 @@ def _weights(lm: Any) -> tuple[Tensor, Tensor | None]:
     if hasattr(head, "modules_to_save"):  # peft trains a copy of the whole head
         active = [] if head.disable_adapters else head.active_adapters
         head = head.modules_to_save[active[0]] if active else head.original_module
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+    if type(head).forward is not nn.Linear.forward:
         raise TypeError(
             f"lm_head is a {type(head).__module__}.{type(head).__name__}: its weight alone does "
             "not make the logits. If that is LoRA, take lm_head off target_modules (or train all "
