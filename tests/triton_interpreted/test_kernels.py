@@ -123,6 +123,24 @@ def test_far_from_zero(offset, path):
     compare(x_TH, w_VH, y_T, Head(bias), weight_T, dlse_T)
 
 
+def test_large_logits_lose_nothing():
+    """Logits near 1024, all exact in fp32: log-probs as exact as near 0, and never above it."""
+    random = torch.Generator().manual_seed(0)
+    x_TH = torch.randint(-1, 2, (40, 32), generator=random).float()
+    w_VH = torch.randint(-64, 65, (200, 32), generator=random) / 64
+    y_T = (x_TH @ w_VH.T).argmax(1)
+
+    head = Head(torch.full((200,), 1024.0))
+    truth = reference.token_logprobs(x_TH.double(), w_VH.double(), y_T, Head(head.bias_V.double()))[
+        0
+    ]
+    logp_T = kernels.forward(x_TH, w_VH, y_T, head)[0]
+    fused_T = kernels.weighted(x_TH, w_VH, y_T, torch.ones(40), head, (True, False, False))[0]
+    assert torch.equal(logp_T, fused_T)
+    assert (logp_T - truth).abs().max() < 2e-6
+    assert (logp_T <= 0).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unlikely_targets_are_done_again(dtype):
     """exp(z - c) would overflow from a target's own logit 150 nats down: its block uses lse."""

@@ -9,7 +9,7 @@ column_kernel   db_v = sum_t s_t g_tv
 import triton
 import triton.language as tl
 
-from redi_kernels.triton.tiles import MASKED, apply_head, expm1
+from redi_kernels.triton.tiles import MASKED, apply_head
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def reduce_kernel(
         slope = 1.0
         if HAS_SOFTCAP:
             slope = 1.0 - (z_y / softcap) * (z_y / softcap)
-        tl.store(patch_ptr + rows, total * expm1(logp) * slope, mask=in_t)
+        tl.store(patch_ptr + rows, total * (tl.exp(logp) - 1.0) * slope, mask=in_t)
     else:
         tl.store(lse_ptr + rows, m + log_s, mask=in_t)
 

@@ -82,10 +82,3 @@ def apply_head(
     if HAS_SOFTCAP:
         z = softcap - 2.0 * softcap / (tl.exp2(z * (2.0 * LOG2E / softcap)) + 1.0)
     return z
-
-
-@triton.jit
-def expm1(x):
-    """exp(x) - 1 for x <= 0, without cancellation at 0."""
-    series = x * (1.0 + x / 2.0 * (1.0 + x / 3.0 * (1.0 + x / 4.0)))
-    return tl.where(x > -0.03, series, tl.exp(x) - 1.0)
