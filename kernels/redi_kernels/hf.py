@@ -116,7 +116,8 @@ def _forward(
             "output_router_logits: the experts' balancing loss is not part of the patched forward; "
             "set it to False, or unpatch(model)"
         )
-    kwargs.setdefault("use_cache", False)  # no use in training, and in packs it mixes sequences
+    # A cache is of no use in training, and with one, packed sequences see each other.
+    kwargs["use_cache"] = bool(kwargs.get("use_cache"))
     out = self.model(return_dict=True, **kwargs)
     x_BTH = out.last_hidden_state
     head = _head(self)
