@@ -116,6 +116,10 @@ def test_redi_trains_inside_trl(tmp_path, no_trl_head):
     wins = mean([(a.mean() > b.mean()) for a, b in zip(chosen, rejected, strict=True)])
     assert logs["rewards/accuracies"] == wins
     assert logs["num_tokens"] == sum(len(s["input_ids"]) for s in steps[0])
+    del batches[:]
+    loss = trainer.evaluate(pairs(3))["eval_loss"]  # new rows, after training
+    with torch.no_grad():
+        assert loss == pytest.approx(dense.redi(lm, batches[0]).item(), rel=1e-4)
 
 
 def test_redi_with_lora_and_evaluation(tmp_path, no_trl_head):
