@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from redi_kernels.hf import logit_options
 from torch import Tensor, nn
 
 from redi import attention
@@ -54,14 +55,7 @@ class PackedLM(nn.Module):
 
     def logit_options(self) -> dict[str, Any]:
         """How this family shapes its logits, in `redi_kernels`' words."""
-        config = self.lm.config
-        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
-        scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
-        return {
-            "bias": self.lm.lm_head.bias,
-            "softcap": getattr(config, "final_logit_softcapping", None),  # Gemma 2
-            "logit_scale": scale,
-        }
+        return {"bias": self.lm.lm_head.bias, **logit_options(self.lm.config)}
 
 
 @torch.no_grad()
