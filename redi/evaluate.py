@@ -230,7 +230,6 @@ def _score_pairs(
     lm: Any, tokenizer: Any, pairs: list[Example], config: EvalConfig, file: Path
 ) -> None:
     """Writes the log-probs of every pair that has both traces and fits the model's context."""
-    from redi import attention
     from redi.data.pack import pack_traces
     from redi.data.tokenize import tokenize_examples
     from redi.model import PackedLM, sequence_logps
@@ -241,8 +240,6 @@ def _score_pairs(
     context = getattr(lm.config, "max_position_embeddings", None)
     tokenized = tokenize_examples(whole, tokenizer, max_length=context)
     packs = pack_traces([t for both in tokenized.traces for t in both], config.max_tokens_per_batch)
-    attention.register()
-    lm.set_attn_implementation(attention.NAME)
     scores: dict[int, dict[str, float]] = {}
     with _progress("held-out pairs", len(packs), 0) as advance:
         for pack, sum_S, length_S in sequence_logps(PackedLM(lm).eval(), packs):

@@ -38,7 +38,9 @@ class PackedLM(nn.Module):
         super().__init__()
         if not (hasattr(lm, "model") and hasattr(lm, "lm_head")):
             raise RediError(f"{type(lm).__name__}: need a causal LM with .model and .lm_head")
+        attention.register()
         self.lm: Any = lm
+        self.lm.set_attn_implementation(attention.NAME)  # any other would mix the traces
         self.autocast = autocast
 
     def forward(self, pack: Pack, head: Head[Out]) -> Out:
@@ -159,10 +161,8 @@ def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> Pa
     """
     from transformers import AutoModelForCausalLM
 
-    attention.register()
     model_config = load_model_config(config)
     common = {
-        "attn_implementation": attention.NAME,
         "dtype": torch.float32,
         "trust_remote_code": config.trust_remote_code,
     }
