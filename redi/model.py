@@ -33,13 +33,13 @@ class PackedLM(nn.Module):
     group.
     """
 
-    def __init__(self, lm: nn.Module, *, autocast: bool = False):
+    def __init__(self, lm: Any, *, autocast: bool = False):
         """`autocast`: compute in bfloat16 on a CPU (on CUDA the sharding policy casts)."""
         super().__init__()
         if not (hasattr(lm, "model") and hasattr(lm, "lm_head")):
             raise RediError(f"{type(lm).__name__}: need a causal LM with .model and .lm_head")
         attention.register()
-        self.lm: Any = lm
+        self.lm = lm
         self.lm.set_attn_implementation(attention.NAME)  # any other would mix the traces
         self.autocast = autocast
 
