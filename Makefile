@@ -33,6 +33,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
+	@mkdir -p runs
 	$(BIN)/python -m pytest bench -o python_files='bench_*.py' --benchmark-json runs/bench.json
 
 # The Triton kernels without a GPU: what they compile to, what they cost, what they keep in memory.
