@@ -143,7 +143,8 @@ def logits(
         slab and slab.active,
         T, V, H, first_v, num_v, p.x_TH.stride(0), p.w_VH.stride(0),
         slab.out_TV.stride(0) if slab else 0, p.logit_scale, p.softcap or 0.0,
-        BLOCK_T=tile.m, BLOCK_V=tile.n, BLOCK_H=tile.k, GROUP_T=tile.group, PARTS=tile.parts,
+        BLOCK_T=tile.m, BLOCK_V=tile.n, BLOCK_H=tile.k, GROUP_T=tile.group,
+        PARTS=2 * tile.parts if p.softcap else tile.parts,  # a cap needs more temporaries
         HAS_BIAS=p.bias_V is not None, HAS_SOFTCAP=p.softcap is not None,
         HAS_SCALE=p.logit_scale != 1.0,
         EVEN_H=H % tile.k == 0, TMA=config.tma,

@@ -95,8 +95,9 @@ def logits_kernel(
                         g = tl.exp2((z - c[:, None]) * LOG2E)
                     if SCALED:
                         g = g * a[:, None]
-                    if HAS_SOFTCAP:  # d tanh
-                        g = g * (1.0 - (z / softcap) * (z / softcap))
+                    if HAS_SOFTCAP:  # d tanh = 1 - tanh^2
+                        tanh = z * (1.0 / softcap)
+                        g = g * (1.0 - tanh * tanh)
                     # T and V are padded to whole tiles: the slab has room, and padding becomes zero
                     cell = rows.to(tl.int64)[:, None] * slab_stride + (pid_v * BLOCK_V + local)
                     tl.store(slab_TV + cell, g.to(slab_TV.dtype.element_ty))

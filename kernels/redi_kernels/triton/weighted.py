@@ -31,6 +31,7 @@ import triton
 from torch import Tensor
 
 from redi_kernels.triton import launch, reduce
+from redi_kernels.triton.config import fitting
 from redi_kernels.triton.launch import Fused, Problem, Slab, Statistics
 from redi_kernels.triton.primitive import Pieces, zero_gradients
 
@@ -95,8 +96,10 @@ def scaled_softmax(
 
 
 def chunk_tokens(problem: Problem) -> int:
-    """Tokens per chunk: a slab over the whole vocabulary within `slab_bytes`, in whole tiles."""
-    T, V, _ = problem.sizes
-    unit = problem.config.logits.m
-    fitting = problem.config.slab_bytes // (V * problem.x_TH.element_size()) // unit * unit
-    return min(max(fitting, unit), launch.padded(T, unit))
+    """Tokens per chunk: a slab over the whole vocabulary within `slab_bytes`, in whole tiles of the
+    matmuls that have tokens as rows."""
+    T, V, H = problem.sizes
+    config = problem.config
+    unit = max(config.logits.m, fitting(config.dx, H).m)
+    room = config.slab_bytes // (V * problem.x_TH.element_size()) // unit * unit
+    return min(max(room, unit), launch.padded(T, unit))
