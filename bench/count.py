@@ -42,8 +42,8 @@ fp64.
 {table}
 
 Ours write d(logits) to memory once and read it twice (the slab: 6 B / TV of footprint). CCE does
-not, and its footprint is out of our reach: a tile of d(logits) feeds a tile of dX and one of dW, and
-no program can own both, so CCE's take turns under locks, adding to both in bf16. That costs it
+not, and its footprint is out of our reach: a tile of d(logits) feeds a tile of dX and one of dW,
+and no program can own both, so CCE's take turns under locks, adding to both in bf16. That costs it
 determinism and the error of dX above. Without locks or atomics the choice is a slab (4 U) or
 recomputing once more (5 U); `kernels/redi_kernels/triton/primitive.py` has the arithmetic.
 """
