@@ -135,10 +135,12 @@ def _overrides(args: list[str]) -> dict[str, Any]:
             if not rest or rest[0].startswith("--"):
                 raise RediError(f"--{key}: needs a value")
             value = rest.pop(0)
+        if "." not in key:  # names inside a section are the user's own
+            key = key.replace("-", "_")
         try:
-            overrides[key.replace("-", "_")] = yaml.safe_load(value)
+            overrides[key] = yaml.safe_load(value)
         except yaml.YAMLError:
-            overrides[key.replace("-", "_")] = value
+            overrides[key] = value
     return overrides
 
 
