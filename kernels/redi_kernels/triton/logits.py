@@ -12,9 +12,9 @@ Both may be on at once: that is how the fused path gets statistics and slab from
 nothing when there are none.
 
 Per element of the logits an H100's SM spends 2 H / 4096 cycles in its tensor cores (0.75 at H =
-1536) and n / 128 in an epilogue of n instructions, which nothing hides. So it is short (n ~ 8): exp2, one
-instruction, for exp, five; target and vocabulary tail only in tiles that hold them; one exponential
-for statistics and slab together.
+1536) and n / 128 in an epilogue of n instructions, which nothing hides. So it is short (n ~ 8):
+exp2, one instruction, for exp, five; target and vocabulary tail only in tiles that hold them; one
+exponential for statistics and slab together.
 """
 
 import triton
