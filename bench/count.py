@@ -33,9 +33,9 @@ from triton_cost import KernelCost, TorchCost  # noqa: E402
 HEADING = """<!-- made by bench/count.py -->
 # What the kernels cost, counted
 
-`make count`: T = {T}, H = {H}, V = {V}, bf16, forward and backward of a mean cross entropy in
-Triton's interpreter. U = 2 T V H FLOP, one logits matmul; TV is one element of the logits.
-Requested: bytes asked for by loads and stores, the load on L2. Footprint: distinct 32-byte sectors
+`make count`: T = {T}, H = {H}, V = {V}, bf16, {states}, forward and backward of a
+mean cross entropy in Triton's interpreter. U = 2 T V H FLOP, one logits matmul; TV is one element
+of the logits. Requested: bytes asked for by loads and stores, the load on L2. Footprint: distinct 32-byte sectors
 per launch plus inputs and outputs of torch ops, what HBM must move at least. Errors are relative to
 fp64.
 
@@ -176,7 +176,8 @@ def main() -> int:
     for name, loss in {**ours(), **triton_peers.available(), "eager": eager}.items():
         print(name, flush=True)
         rows.append(count(name, loss, x_TH, w_VH, y_T, truth))
-    text = HEADING.format(T=T, H=H, V=V, table=table(rows))
+    states = f"states of {args.activations.name}" if args.activations else "made-up hidden states"
+    text = HEADING.format(T=T, H=H, V=V, states=states, table=table(rows))
     print("\n" + text)
     if args.write:
         args.write.write_text(text)
