@@ -33,11 +33,11 @@ from triton_cost import KernelCost, TorchCost  # noqa: E402
 HEADING = """<!-- made by bench/count.py -->
 # What the kernels cost, counted
 
-`make count`: T = {T}, H = {H}, V = {V}, bf16, {states}, forward and backward of a
-mean cross entropy in Triton's interpreter. U = 2 T V H FLOP, one logits matmul; TV is one element
-of the logits. Requested: bytes asked for by loads and stores, the load on L2. Footprint: distinct 32-byte sectors
-per launch plus inputs and outputs of torch ops, what HBM must move at least. Errors are relative to
-fp64.
+`make count`: T = {T}, H = {H}, V = {V}, bf16, {states}, forward and backward of a mean cross
+entropy in Triton's interpreter. U = 2 T V H FLOP, one logits matmul; TV is one element of the
+logits. Requested: bytes asked for by loads and stores, the load on L2. Footprint: distinct 32-byte
+sectors per launch plus inputs and outputs of torch ops, what HBM must move at least. Errors are
+relative to fp64.
 
 {table}
 
