@@ -13,6 +13,7 @@ from torch import Tensor
 
 from redi_kernels.head import accumulator
 from redi_kernels.logprobs import (
+    SequenceLogProbs,
     check_cu_seqlens,
     segment_sum,
     sequence_logprobs,
@@ -26,6 +27,7 @@ class RediOutput:
     loss: Tensor
     logps_S: Tensor  # sum of each sequence's log-probs; detached
     lengths_S: Tensor  # number of valid targets of each sequence, int64
+    logp_T: Tensor  # of each token, 0 where ignored; detached
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class SftOutput:
     loss: Tensor
     logps_S: Tensor | None  # None when called without cu_seqlens
     lengths_S: Tensor | None
+    logp_T: Tensor
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class PreferenceOutput:
     logps_S: Tensor
     lengths_S: Tensor
     margins: Tensor  # [S / 2]: what the sigmoid sees, per pair; detached
+    logp_T: Tensor
 
 
 def redi_loss(
@@ -86,7 +90,7 @@ def redi_loss(
     weight_S = sign_S / lengths_S.clamp(min=1)
     weight_T = torch.repeat_interleave(weight_S, cu_seqlens.diff(), output_size=len(x_TH))
     loss, logp_T = weighted_logprobs(x_TH, w_VH, y_T, weight_T, bias, **options)
-    return RediOutput(loss, segment_sum(logp_T, cu_seqlens), lengths_S)
+    return RediOutput(loss, segment_sum(logp_T, cu_seqlens), lengths_S, logp_T)
 
 
 def sft_loss(
@@ -109,10 +113,10 @@ def sft_loss(
     weight_T = -torch.ones_like(valid_T, dtype=accumulator(x_TH.dtype)) / num_tokens
     loss, logp_T = weighted_logprobs(x_TH, w_VH, y_T, weight_T, bias, **options)
     if cu_seqlens is None:
-        return SftOutput(loss, None, None)
+        return SftOutput(loss, None, None, logp_T)
     ignore_index = options.get("ignore_index", -100)
     sequences = sequence_logprobs(logp_T, cu_seqlens, y_T, ignore_index=ignore_index)
-    return SftOutput(loss, sequences.sum_S, sequences.length_S)
+    return SftOutput(loss, sequences.sum_S, sequences.length_S, logp_T)
 
 
 def dpo_loss(
@@ -124,16 +128,18 @@ def dpo_loss(
     ref_logps_S: Tensor,
     *,
     beta: float = 0.1,
+    num_pairs: int | Tensor | None = None,
     **options: Any,
 ) -> PreferenceOutput:
     """DPO (arXiv 2305.18290): mean over pairs of -log sigmoid(beta * (gap - reference's gap)).
 
     The i-th chosen sequence and the i-th rejected one are a pair. `ref_logps_S`: the reference
     model's sums, from `sequence_logprobs(token_logprobs(...).logp_T, cu_seqlens).sum_S`.
+    `num_pairs`: pairs in the whole optimizer step, this call's own by default.
     """
-    sequences = _sequences(x_TH, w_VH, y_T, cu_seqlens, options)
+    logp_T, sequences = _sequences(x_TH, w_VH, y_T, cu_seqlens, options)
     gap = _gap(sequences.sum_S - ref_logps_S, is_chosen_S)
-    return _preference(beta * gap, sequences)
+    return _preference(beta * gap, num_pairs, logp_T, sequences)
 
 
 def simpo_loss(
@@ -145,20 +151,23 @@ def simpo_loss(
     *,
     beta: float = 2.0,
     gamma: float = 1.0,
+    num_pairs: int | Tensor | None = None,
     **options: Any,
 ) -> PreferenceOutput:
     """SimPO (arXiv 2405.14734): -log sigmoid(beta * gap of length-normalised log-probs - gamma).
 
-    Pairs as in `dpo_loss`; no reference model. `gamma` is the target margin.
+    Pairs as in `dpo_loss`; no reference model. `gamma` is the target margin,
+    `num_pairs` as in `dpo_loss`.
     """
-    sequences = _sequences(x_TH, w_VH, y_T, cu_seqlens, options)
-    return _preference(beta * _gap(sequences.mean_S, is_chosen_S) - gamma, sequences)
+    logp_T, sequences = _sequences(x_TH, w_VH, y_T, cu_seqlens, options)
+    margins = beta * _gap(sequences.mean_S, is_chosen_S) - gamma
+    return _preference(margins, num_pairs, logp_T, sequences)
 
 
 def _sequences(x_TH, w_VH, y_T, cu_seqlens, options):
     logp_T = token_logprobs(x_TH, w_VH, y_T, **options).logp_T
     ignore_index = options.get("ignore_index", -100)
-    return sequence_logprobs(logp_T, cu_seqlens, y_T, ignore_index=ignore_index)
+    return logp_T, sequence_logprobs(logp_T, cu_seqlens, y_T, ignore_index=ignore_index)
 
 
 def _gap(score_S: Tensor, is_chosen_S: Tensor) -> Tensor:
@@ -168,9 +177,13 @@ def _gap(score_S: Tensor, is_chosen_S: Tensor) -> Tensor:
     return chosen - rejected
 
 
-def _preference(margins: Tensor, sequences: Any) -> PreferenceOutput:
-    loss = -F.logsigmoid(margins).sum() / max(len(margins), 1)
-    return PreferenceOutput(loss, sequences.sum_S.detach(), sequences.length_S, margins.detach())
+def _preference(
+    margins: Tensor, num_pairs: int | Tensor | None, logp_T: Tensor, sequences: SequenceLogProbs
+) -> PreferenceOutput:
+    num_pairs = _count("num_pairs", num_pairs, torch.ones_like(margins, dtype=torch.bool))
+    loss = -F.logsigmoid(margins).sum() / num_pairs
+    logps_S = sequences.sum_S.detach()
+    return PreferenceOutput(loss, logps_S, sequences.length_S, margins.detach(), logp_T.detach())
 
 
 def _count(name: str, given: int | Tensor | None, mask: Tensor) -> int | Tensor:

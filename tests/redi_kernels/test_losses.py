@@ -64,6 +64,7 @@ def test_redi_is_equation_5_of_the_paper(batch, alpha: float) -> None:
     assert_same((out.loss,), (want,))
     assert_same(gradients(out.loss, x_TH, w_VH), gradients(want, x_TH, w_VH))
     assert_same((out.logps_S,), (torch.stack([lp.sum().detach() for lp in logps]),))
+    assert_same((out.logp_T[y_T >= 0],), (torch.cat(logps).detach(),))
     assert out.lengths_S.tolist() == [len(lp) for lp in logps]
     truth = reference.redi_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN, alpha=alpha)
     assert_same((out.loss,), (truth,))
@@ -183,7 +184,10 @@ def test_dpo_and_simpo(batch) -> None:
         assert_same((out.loss,), (want,))
         want = torch.autograd.grad(want, (x_TH, w_VH), retain_graph=True)  # the cases share a graph
         assert_same(gradients(out.loss, x_TH, w_VH), want)
-        assert out.margins.shape == (3,) and not out.logps_S.requires_grad
+        assert out.margins.shape == (3,)
+        assert_same((out.logps_S, out.logp_T[y_T >= 0]), (sums.detach(), torch.cat(logps).detach()))
+    half = simpo_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN, beta=1.5, gamma=0.4, num_pairs=6)
+    assert_same((2 * half.loss,), (cases[1][0].loss,))
     with pytest.raises(ValueError, match="not pairs"):
         simpo_loss(x_TH, w_VH, y_T, cu, torch.ones_like(IS_CHOSEN))
 
