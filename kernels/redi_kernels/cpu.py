@@ -1,16 +1,22 @@
 """Blocked torch: the path for CPUs, and the fallback on any device that has no kernel of its own.
 
-A block of B tokens gets its logits from one matmul into a [B, V] buffer. Groups of R rows, small
-enough for the cache, then go through everything that is not a matmul: max, exp, sum, gradient; the
-logits become their gradient in place. Two matmuls finish the block: dX = G W and dW += G' X.
+A block of B tokens gets its logits from one matmul into a [V, B] buffer, one token a column. Groups
+of R vocabulary rows, small enough for the cache, then go through everything that is not a matmul,
+twice: once for max, sum and target (online, as a maximum may come late), once to turn the logits
+into their gradient in place. Two matmuls finish the block: dX = G' W and dW += G X.
 
     forward  1 U (U = 2 N V H, one logits matmul)      weighted  3 U      backward  3 U
+
+Why [V, B] and not [B, V]: max and sum then run along whole vectors of tokens, and the three matmuls
+are quicker with the long side first (measured in fp32: logits 0.9 U instead of 1.3).
 
 B depends on V and the dtype alone, and a short last block is padded to it, because the bits of a
 matmul's row may change with the number of rows: so a token's log-prob never depends on its batch.
 """
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,40 +24,28 @@ from torch import Tensor
 
 from redi_kernels.head import Head, accumulator
 
-BUFFER_BYTES = 48 << 20  # of the [B, V] buffer: new memory stays within 64 MiB
-BLOCK_ROWS = (16, 1024)  # fewer rows starve the matmul, more would only pad small problems
+BUFFER_BYTES = 48 << 20  # of the [V, B] buffer: new memory stays within 64 MiB
+BLOCK_TOKENS = (16, 1024)  # fewer starve the matmul, more would only pad small problems
 GROUP_BYTES = 1 << 20  # of a group of rows in the accumulator's dtype: about one core's L2
+LOG2_E = math.log2(math.e)
 DW_ROWS = 2048  # vocabulary rows per matmul where its result is narrower than dW's accumulator
 
 
 def forward(
     x_NH: Tensor, w_VH: Tensor, y_N: Tensor, head: Head
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logp_N, lse_N, entropy_N, correct_N) of targets `y_N`, each in [0, V). 1 U.
-
-    logp <= 0, always: the target's logit is read where the maximum and the sum are, and the sum
-    holds exp(0) = 1. (lse - logit, the obvious way, exceeds 0 by the rounding of a large lse.)
-    torch.softmax would be quicker, but on CPU its rows sum to 1 within 2e-5 only: a bias.
-    """
+    """(logp_N, lse_N, entropy_N, correct_N) of targets `y_N`, each in [0, V). 1 U."""
     N = len(x_NH)
     blocks = _Blocks(x_NH, w_VH, head)
     y_P = blocks.pad(y_N)
     logp_P, lse_P, entropy_P = (torch.empty_like(y_P, dtype=blocks.acc) for _ in range(3))
     correct_P = torch.empty_like(y_P, dtype=torch.bool)
-    for start, n, _, z_BV in blocks:
-        for r in blocks.groups(n):
-            t = slice(start + r.start, start + r.stop)
-            z_RV, _ = blocks.epilogue(z_BV[r])
-            target_R, max_R = _gather(z_RV, y_P[t]), z_RV.amax(dim=1)
-            e_RV = z_RV.sub_(max_R[:, None]).exp()
-            sum_R = e_RV.sum(dim=1)
-            if head.bias_V is not None:  # -inf masks a token: 0 * -inf
-                z_RV.clamp_(min=torch.finfo(blocks.acc).min)
-            log_sum_R = sum_R.log()
-            logp_P[t] = (target_R - max_R) - log_sum_R
-            lse_P[t] = max_R + log_sum_R
-            entropy_P[t] = log_sum_R - e_RV.mul_(z_RV).sum(dim=1) / sum_R
-            correct_P[t] = target_R >= max_R
+    for t, _, z_VB in blocks:
+        stats = blocks.statistics(z_VB, y_P[t], entropy=True)
+        logp_P[t] = stats.logp_B
+        lse_P[t] = stats.max_B + stats.sum_B.log()
+        entropy_P[t] = stats.sum_B.log() - stats.moment_B / stats.sum_B
+        correct_P[t] = stats.target_B >= stats.max_B
     return logp_P[:N], lse_P[:N], entropy_P[:N], correct_P[:N]
 
 
@@ -66,24 +60,17 @@ def weighted(
     """logp_N and the gradients of sum(weight * logp) for what `needs` of (x, w, bias). 3 U."""
     N = len(x_NH)
     blocks = _Blocks(x_NH, w_VH, head)
-    grads = _Gradients(x_NH, w_VH, blocks, needs)
+    grads = _Gradients(x_NH, blocks, needs)
     y_P, weight_P = blocks.pad(y_N), blocks.pad(weight_N.to(blocks.acc))
     logp_P = torch.empty_like(weight_P)
-    for start, n, x_nH, z_BV in blocks:
-        for r in blocks.groups(n):
-            t = slice(start + r.start, start + r.stop)
-            z_RV, chain_RV = blocks.epilogue(z_BV[r])
-            target_R, max_R = _gather(z_RV, y_P[t]), z_RV.amax(dim=1)
-            e_RV = z_RV.sub_(max_R[:, None]).exp_()
-            sum_R = e_RV.sum(dim=1)
-            logp_R = (target_R - max_R) - sum_R.log()
-            logp_P[t] = logp_R
-            if any(needs):
-                # weight (onehot - p); the target's 1 - p from its log-prob, before any rounding
-                g_RV = e_RV.mul_((-weight_P[t] / sum_R)[:, None])
-                _scatter(g_RV, y_P[t], -weight_P[t] * logp_R.expm1())
-                grads.add_rows(z_BV[r], g_RV, chain_RV)
-        grads.add_block(start, n, x_nH, z_BV)
+    for t, x_nH, z_VB in blocks:
+        stats = blocks.statistics(z_VB, y_P[t])
+        logp_P[t] = stats.logp_B
+        if any(needs):
+            # weight (onehot - p); the target's 1 - p from its log-prob, before any rounding
+            other_B = -weight_P[t] / stats.sum_B
+            target_B = -weight_P[t] * stats.logp_B.expm1()
+            grads.add(t.start, x_nH, z_VB, y_P[t], stats.max_B, other_B, target_B)
     return logp_P[:N], *grads.result()
 
 
@@ -100,116 +87,180 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of sum(dlogp * logp + dlse * lse), from recomputed logits. 3 U."""
     blocks = _Blocks(x_NH, w_VH, head)
-    grads = _Gradients(x_NH, w_VH, blocks, needs)
+    grads = _Gradients(x_NH, blocks, needs)
     dlogp_N, dlse_N = dlogp_N.to(blocks.acc), dlse_N.to(blocks.acc)
     # d logp / dz = onehot - p and d lse / dz = p: a factor of p, and the target's own column
     other_N = dlse_N - dlogp_N
     target_N = dlse_N * logp_N.exp() - dlogp_N * logp_N.expm1()
-    for start, n, x_nH, z_BV in blocks:
-        for r in blocks.groups(n):
-            r = slice(r.start, min(r.stop, n))
-            t = slice(start + r.start, start + r.stop)
-            z_RV, chain_RV = blocks.epilogue(z_BV[r])
-            # a large lse is rounded coarsely, and p = exp(z - lse) with it; target - logp is not
-            lse_R = lse_N[t]
-            correction_R = (logp_N[t] - (_gather(z_RV, y_N[t]) - lse_R)).exp()
-            g_RV = z_RV.sub_(lse_R[:, None]).exp_().mul_((other_N[t] * correction_R)[:, None])
-            _scatter(g_RV, y_N[t], target_N[t])
-            grads.add_rows(z_BV[r], g_RV, chain_RV)
-        grads.add_block(start, n, x_nH, z_BV)
+    for t, x_nH, z_VB in blocks:
+        r = slice(t.start, t.start + len(x_nH))
+        # a large lse is rounded coarsely, and p = exp(z - lse) with it; target - logp is not
+        z_1n = z_VB[:, : len(x_nH)].gather(0, y_N[r][None])
+        z_n = blocks.shaped(z_1n, torch.empty_like(z_1n, dtype=blocks.acc), y_N[r][None])[0]
+        other_n = other_N[r] * (logp_N[r] - (z_n - lse_N[r])).exp()
+        lse_B = blocks.pad(lse_N[r], torch.inf)  # p = 0 in the padding
+        y_B, other_B, target_B = map(blocks.pad, (y_N[r], other_n, target_N[r]))
+        grads.add(t.start, x_nH, z_VB, y_B, lse_B, other_B, target_B)
     return grads.result()
 
 
+@dataclass
+class _Statistics:
+    """Of a block's logits, one number a token; sums are of exp(z - max)."""
+
+    max_B: Tensor
+    sum_B: Tensor
+    target_B: Tensor  # the target's logit
+    moment_B: Tensor  # sum of (z - max) exp(z - max); 0 if not asked for
+
+    @property
+    def logp_B(self) -> Tensor:
+        """Never above 0: the target's logit is read where the maximum is, and the sum holds
+        exp(0) = 1. (lse - logit, the obvious way, exceeds 0 by the rounding of a large lse.)"""
+        return (self.target_B - self.max_B) - self.sum_B.log()
+
+
 class _Blocks:
-    """Iterates over (start, n, x_nH, z_BV): n tokens from `start`, and their matmul padded to B."""
+    """Iterates over (t, x_nH, z_VB): the slice of padded tokens, those that are real, and the
+    matmul of all B."""
 
     def __init__(self, x_NH: Tensor, w_VH: Tensor, head: Head) -> None:
         self.x_NH, self.w_VH, self.head = x_NH, w_VH, head
         self.acc = accumulator(x_NH.dtype)
         self.bias_V = None if head.bias_V is None else head.bias_V.to(self.acc)
         V = len(w_VH)
-        low, high = BLOCK_ROWS
-        self.B = _power_of_two(BUFFER_BYTES // (V * x_NH.element_size()), low, high)
-        self.R = _power_of_two(GROUP_BYTES // (V * self.acc.itemsize), 1, self.B)
+        self.B = _power_of_two(BUFFER_BYTES // (V * x_NH.element_size()), *BLOCK_TOKENS)
+        self.R = min(_power_of_two(GROUP_BYTES // (self.B * self.acc.itemsize), 1, 1 << 20), V)
+        self.scratch_RB = x_NH.new_empty(self.R, self.B, dtype=self.acc)
 
-    def __iter__(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        z_BV = self.x_NH.new_empty(self.B, len(self.w_VH))
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        z_VB = self.x_NH.new_empty(len(self.w_VH), self.B)
         for start in range(0, len(self.x_NH), self.B):
-            x_BH = self.x_NH[start : start + self.B]
-            n = len(x_BH)
-            torch.mm(F.pad(x_BH, (0, 0, 0, self.B - n)), self.w_VH.T, out=z_BV)
-            yield start, n, x_BH, z_BV
+            x_nH = self.x_NH[start : start + self.B]
+            x_BH = F.pad(x_nH, (0, 0, 0, self.B - len(x_nH)))
+            torch.mm(self.w_VH, x_BH.T, out=z_VB)
+            yield slice(start, start + self.B), x_nH, z_VB
 
-    def groups(self, n: int) -> Iterator[slice]:
-        """Slices of R rows that cover a block's first n: always R, for the reductions' bits too."""
-        return (slice(r, r + self.R) for r in range(0, n, self.R))
+    def groups(self, z_VB: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(rows of the vocabulary, their logits) of R rows at a time."""
+        for v in range(0, len(z_VB), self.R):
+            rows = slice(v, min(v + self.R, len(z_VB)))
+            yield rows, z_VB[rows]
 
-    def pad(self, v_N: Tensor) -> Tensor:
-        return F.pad(v_N, (0, -len(v_N) % self.B))
+    def pad(self, v_N: Tensor, value: float = 0) -> Tensor:
+        return F.pad(v_N, (0, -len(v_N) % self.B), value=value)
 
-    def epilogue(self, z_RV: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The logits of some rows in the accumulator's dtype, in place where the buffer has it;
-        and their derivative by the softcap's input, 1 - tanh^2, where there is a cap."""
-        z_RV = z_RV.to(self.acc)
+    def shaped(self, z_RB: Tensor, out_RB: Tensor, rows: slice | Tensor) -> Tensor:
+        """The logits of vocabulary `rows` from the matmul's values, in `out_RB`, which may be
+        `z_RB` itself."""
+        if out_RB is not z_RB:
+            out_RB.copy_(z_RB)
         if self.head.logit_scale != 1.0:
-            z_RV.mul_(self.head.logit_scale)
+            out_RB.mul_(self.head.logit_scale)
         if self.bias_V is not None:
-            z_RV.add_(self.bias_V)
-        if self.head.softcap is None:
-            return z_RV, None
-        z_RV.div_(self.head.softcap).tanh_()
-        chain_RV = 1.0 - z_RV * z_RV
-        return z_RV.mul_(self.head.softcap), chain_RV
+            bias = self.bias_V[rows]
+            out_RB.add_(bias[:, None] if isinstance(rows, slice) else bias)
+        if self.head.softcap is not None:
+            out_RB.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
+        return out_RB
+
+    def statistics(self, z_VB: Tensor, y_B: Tensor, *, entropy: bool = False) -> _Statistics:
+        """In one pass over the logits, which stay as they are.
+
+        torch.softmax would be quicker, but on CPU its rows sum to 1 within 2e-5 only: a bias.
+        """
+        lowest = torch.finfo(self.acc).min  # not -inf, which a masked token may have: -inf - -inf
+        max_B = torch.full_like(y_B, lowest, dtype=self.acc)
+        sum_B, target_B, moment_B = (torch.zeros_like(max_B) for _ in range(3))
+        for rows, z_RB in self.groups(z_VB):
+            f_RB = self.shaped(z_RB, self.scratch_RB[: len(z_RB)], rows)
+            here_B, row_1B = _targets(y_B, rows)
+            target_B = torch.where(here_B, f_RB.gather(0, row_1B)[0], target_B)
+            old_B, max_B = max_B, torch.maximum(max_B, f_RB.amax(dim=0))
+            shrink_B = (old_B - max_B).exp()
+            f_RB.sub_(max_B)
+            if not entropy:
+                sum_B = sum_B * shrink_B + _exp_(f_RB).sum(dim=0)
+                continue
+            e_RB = _exp_(f_RB.clone())
+            if self.bias_V is not None:  # -inf masks a token: 0 * -inf
+                f_RB.clamp_(min=lowest)
+            moment_B = (moment_B + (old_B - max_B).clamp(min=lowest) * sum_B) * shrink_B
+            moment_B += f_RB.mul_(e_RB).sum(dim=0)
+            sum_B = sum_B * shrink_B + e_RB.sum(dim=0)
+        return _Statistics(max_B, sum_B, target_B, moment_B)
 
 
 class _Gradients:
     """dX, dW, db as blocks add to them: sums in the accumulator's dtype, rounded once."""
 
-    def __init__(
-        self, x_NH: Tensor, w_VH: Tensor, blocks: _Blocks, needs: tuple[bool, bool, bool]
-    ) -> None:
+    def __init__(self, x_NH: Tensor, blocks: _Blocks, needs: tuple[bool, bool, bool]) -> None:
         x, w, bias = needs
-        acc, head = blocks.acc, blocks.head
-        self.w_VH, self.head = w_VH, head
+        self.blocks, acc, w_VH = blocks, blocks.acc, blocks.w_VH
         self.dx_NH = torch.empty_like(x_NH) if x else None
         self.dw_VH = torch.zeros_like(w_VH, dtype=acc) if w else None
         self.db_V = w_VH.new_zeros(len(w_VH), dtype=acc) if bias else None
 
-    def add_rows(self, z_RV: Tensor, g_RV: Tensor, chain_RV: Tensor | None) -> None:
-        """Turn the gradient at the final logits into that at the matmul's, and put it into z_RV."""
-        if chain_RV is not None:
-            g_RV.mul_(chain_RV)
-        if self.db_V is not None:
-            self.db_V += g_RV.sum(dim=0)
-        if self.head.logit_scale != 1.0:
-            g_RV.mul_(self.head.logit_scale)
-        if g_RV.data_ptr() != z_RV.data_ptr():
-            z_RV.copy_(g_RV)
-
-    def add_block(self, start: int, n: int, x_nH: Tensor, g_BV: Tensor) -> None:
-        g_nV = g_BV[:n]
+    def add(
+        self,
+        start: int,
+        x_nH: Tensor,
+        z_VB: Tensor,
+        y_B: Tensor,
+        shift_B: Tensor,
+        other_B: Tensor,
+        target_B: Tensor,
+    ) -> None:
+        """Turns a block's logits into the gradient at them, exp(z - shift) * other except for the
+        target's own, and adds what it means for x, w and bias."""
+        self._differentiate(z_VB, y_B, shift_B, other_B, target_B)
+        n = len(x_nH)
+        g_Vn = z_VB[:, :n]
         if self.dx_NH is not None:
-            torch.mm(g_nV, self.w_VH, out=self.dx_NH[start : start + n])
+            torch.mm(g_Vn.T, self.blocks.w_VH, out=self.dx_NH[start : start + n])
         if self.dw_VH is None:
             return
-        if self.dw_VH.dtype == g_nV.dtype:
-            self.dw_VH.addmm_(g_nV.T, x_nH)
+        if self.dw_VH.dtype == g_Vn.dtype:
+            self.dw_VH.addmm_(g_Vn, x_nH)
             return
-        for v in range(0, len(self.dw_VH), DW_ROWS):
-            self.dw_VH[v : v + DW_ROWS] += g_nV[:, v : v + DW_ROWS].T @ x_nH
+        for dw_RH, g_Rn in zip(self.dw_VH.split(DW_ROWS), g_Vn.split(DW_ROWS), strict=True):
+            dw_RH += g_Rn @ x_nH
+
+    def _differentiate(self, z_VB, y_B, shift_B, other_B, target_B) -> None:
+        blocks, head = self.blocks, self.blocks.head
+        for rows, z_RB in blocks.groups(z_VB):
+            in_place = z_RB.dtype == blocks.acc
+            g_RB = blocks.shaped(z_RB, z_RB if in_place else blocks.scratch_RB[: len(z_RB)], rows)
+            chain_RB = None if head.softcap is None else 1.0 - (g_RB / head.softcap) ** 2
+            _exp_(g_RB.sub_(shift_B)).mul_(other_B)
+            here_B, row_1B = _targets(y_B, rows)
+            g_RB.scatter_(0, row_1B, torch.where(here_B, target_B, g_RB.gather(0, row_1B)[0])[None])
+            if chain_RB is not None:
+                g_RB.mul_(chain_RB)
+            if self.db_V is not None:
+                self.db_V[rows] += g_RB.sum(dim=1)
+            if head.logit_scale != 1.0:
+                g_RB.mul_(head.logit_scale)
+            if not in_place:
+                z_RB.copy_(g_RB)
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        dtype = self.w_VH.dtype
+        dtype = self.blocks.w_VH.dtype
         dw_VH = None if self.dw_VH is None else self.dw_VH.to(dtype)
         return self.dx_NH, dw_VH, self.db_V
 
 
-def _gather(z_RV: Tensor, y_R: Tensor) -> Tensor:
-    return z_RV.gather(1, y_R[:, None])[:, 0]
+def _exp_(v_RB: Tensor) -> Tensor:
+    """exp in place, through exp2: a third of torch.exp's time on CPU. Its argument's rounding is an
+    error of |v| 2^-24 relative to exp(v): none where exp(v) matters."""
+    return v_RB.mul_(LOG2_E).exp2_()
 
 
-def _scatter(g_RV: Tensor, y_R: Tensor, value_R: Tensor) -> None:
-    g_RV.scatter_(1, y_R[:, None], value_R[:, None])
+def _targets(y_B: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """(whose target is among `rows`, its place there [1, B], any place where it is not)."""
+    place_B = y_B - rows.start
+    here_B = (place_B >= 0) & (y_B < rows.stop)
+    return here_B, place_B.clamp(0, rows.stop - rows.start - 1)[None]
 
 
 def _power_of_two(n: int, low: int, high: int) -> int:

@@ -13,7 +13,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 128 tokens and groups of a few rows, as a real vocabulary has."""
-    monkeypatch.setattr(cpu, "BLOCK_ROWS", (16, 128))
+    monkeypatch.setattr(cpu, "BLOCK_TOKENS", (16, 128))
     monkeypatch.setattr(cpu, "GROUP_BYTES", 1 << 16)
 
 
@@ -43,7 +43,7 @@ def test_a_log_prob_is_independent_of_its_batch(dtype: torch.dtype, shape: tuple
 def test_independence_holds_with_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows on several threads: a reduction may then be split along the vocabulary."""
     monkeypatch.setattr(cpu, "GROUP_BYTES", 4 * 70_000 * 4)
-    monkeypatch.setattr(cpu, "BLOCK_ROWS", (16, 16))
+    monkeypatch.setattr(cpu, "BLOCK_TOKENS", (16, 16))
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -134,7 +134,7 @@ def test_dw_accumulates_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hundreds of blocks: a bf16 sum of them would stop growing at 256 times a block's share."""
     from redi_kernels import cpu
 
-    monkeypatch.setattr(cpu, "BLOCK_ROWS", (4, 4))
+    monkeypatch.setattr(cpu, "BLOCK_TOKENS", (4, 4))
     problem = make_problem(2000, 40, 16, torch.bfloat16, ignored=0.0)
     problem.dlogp_T.copy_(problem.dlogp_T.abs())
     check(problem, primitive(problem))
