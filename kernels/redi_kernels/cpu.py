@@ -198,7 +198,8 @@ class _Gradients:
         x, w, bias = needs
         self.blocks, acc, w_VH = blocks, blocks.acc, blocks.w_VH
         self.dx_NH = torch.empty_like(x_NH) if x else None
-        self.dw_VH = torch.zeros_like(w_VH, dtype=acc) if w else None
+        new = torch.empty_like if len(x_NH) else torch.zeros_like  # the first block overwrites
+        self.dw_VH = new(w_VH, dtype=acc) if w else None
         self.db_V = w_VH.new_zeros(len(w_VH), dtype=acc) if bias else None
 
     def add(
@@ -221,10 +222,13 @@ class _Gradients:
         if self.dw_VH is None:
             return
         if self.dw_VH.dtype == g_Vn.dtype:
-            self.dw_VH.addmm_(g_Vn, x_nH)
+            self.dw_VH.addmm_(g_Vn, x_nH, beta=float(start > 0))
             return
         for dw_RH, g_Rn in zip(self.dw_VH.split(DW_ROWS), g_Vn.split(DW_ROWS), strict=True):
-            dw_RH += g_Rn @ x_nH
+            if start:
+                dw_RH += g_Rn @ x_nH
+            else:
+                dw_RH.copy_(g_Rn @ x_nH)
 
     def _differentiate(self, z_VB, y_B, shift_B, other_B, target_B) -> None:
         blocks, head = self.blocks, self.blocks.head
