@@ -22,11 +22,14 @@ QUERY_BLOCK = 512
 
 
 def register() -> None:
-    """Makes `attn_implementation="redi_varlen"` known to transformers. Idempotent."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    """Makes `attn_implementation="redi_varlen"` known to transformers. Idempotent.
+
+    No mask function is registered beside it: then transformers makes no mask. With one, even one
+    that returns None, it would first search `position_ids` for packs, and so wait for the device.
+    """
+    from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, varlen_attention)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
 
 
 def varlen_attention(
@@ -98,7 +101,7 @@ def _side_by_side(attend: Callable, q_TAD, k_TKD, v_TKD, seqlens: tuple[int, ...
 def _rows_in_padded_batch(seqlens: tuple[int, ...], device: torch.device) -> Tensor:
     longest = max(seqlens)
     rows = [torch.arange(n) + i * longest for i, n in enumerate(seqlens)]
-    return torch.cat(rows).to(device)
+    return torch.cat(rows).to(device, non_blocking=True)
 
 
 class _Pad(torch.autograd.Function):

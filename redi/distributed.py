@@ -78,12 +78,17 @@ def full_tensors(named: Mapping[str, Tensor], *, keep: bool = True) -> dict[str,
 
     A collective: all ranks call it in the same order.
     """
-    whole = {}
+    gathered = {}
     for name, tensor in named.items():
-        value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        value = whole(tensor)
         if keep:
-            whole[name] = value.detach().cpu()
-    return whole
+            gathered[name] = value.detach().cpu()
+    return gathered
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor's full value, on its device. A collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

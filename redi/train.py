@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from redi import checkpoint, distributed
 from redi.config import TrainConfig, load_config, make_config
 from redi.data.pack import Pack, pack_traces
+from redi.data.prefetch import Prefetch, pin
 from redi.data.read import read_examples
 from redi.data.tokenize import ChatFormat, Tokenized, Trace, tokenize_examples
 from redi.errors import Interrupted, RediError
@@ -115,6 +116,16 @@ def load_data(config: TrainConfig, tokenizer: Any) -> Tokenized:
     )
 
 
+@dataclass(frozen=True)
+class StepWork:
+    """What one optimizer step computes on this rank."""
+
+    indices: list[int]  # its examples
+    num_tokens: int  # over all ranks, as `counts`
+    counts: StepCounts
+    packs: list[Pack]
+
+
 class Loop:
     """Steps, logs and saves until the schedule ends or a signal asks to stop."""
 
@@ -131,6 +142,7 @@ class Loop:
         self.schedule = Schedule(len(data.traces), config)
         self.objective = make_objective(config.objective, config.alpha)
         self.optimizer = make_optimizer(model, config)
+        self.work = Prefetch(self.prepare)
 
     def resume(self, state: TrainState) -> None:
         """Moves `state`, model and optimizer to the checkpoint to continue from, if there is
@@ -162,6 +174,7 @@ class Loop:
                             "checkpoint saved; run the same command to continue"
                         )
             finally:
+                self.work.close()
                 notify(listeners, "on_train_end", state)
         rows = read_metrics(state.output_dir / "metrics.jsonl")
         return rows[-1] if rows else {}
@@ -172,13 +185,10 @@ class Loop:
         Raises RediError when the loss or the gradient is not finite, before the weights change.
         """
         started = time.monotonic()
-        indices = self.schedule.examples(state.step)
-        traces = [trace for i in indices for trace in self.data.traces[i]]
-        counts = StepCounts.of(traces)
-        loss, chosen, rejected = self.accumulate(traces, counts)
-        grad_norm = self._clip()
+        work = self.work.get(state.step)
+        loss, chosen, rejected, grad_norm = self.accumulate(work)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            ids = [self.data.example_ids[i] for i in indices]
+            ids = [self.data.example_ids[i] for i in work.indices]
             more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
             raise RediError(
                 f"step {state.step + 1}: loss {loss}, gradient norm {grad_norm}; training stopped "
@@ -191,35 +201,45 @@ class Loop:
         self.optimizer.step()
         state.step += 1
         state.epoch = state.step / self.schedule.steps_per_epoch
-        num_tokens = sum(len(trace.input_ids) for trace in traces)
         row = {
             "step": state.step,
             "epoch": round(state.epoch, 4),
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
-            "num_tokens": num_tokens,
-            "tokens_per_second": num_tokens / (time.monotonic() - started),
+            "num_tokens": work.num_tokens,
+            "tokens_per_second": work.num_tokens / (time.monotonic() - started),
             "time": time.time(),
         }
-        if counts.num_chosen:
-            row["logps/chosen"] = chosen / counts.num_chosen
-        if counts.num_rejected:
-            row["logps/rejected"] = rejected / counts.num_rejected
+        if work.counts.num_chosen:
+            row["logps/chosen"] = chosen / work.counts.num_chosen
+        if work.counts.num_rejected:
+            row["logps/rejected"] = rejected / work.counts.num_rejected
         return row
 
-    def accumulate(self, traces: list[Trace], counts: StepCounts) -> tuple[float, float, float]:
-        """Adds the gradient of one step's traces to the parameters, pack by pack.
+    def prepare(self, step: int) -> StepWork:
+        """The packs of a step; a function of the step alone, called ahead in a thread."""
+        indices = self.schedule.examples(step)
+        traces = [trace for i in indices for trace in self.data.traces[i]]
+        packs = self._packs_of_this_rank(traces)
+        if self.ranks.device.type == "cuda":
+            packs = [pin(pack) for pack in packs]
+        num_tokens = sum(len(trace.input_ids) for trace in traces)
+        return StepWork(indices, num_tokens, StepCounts.of(traces), packs)
 
-        Returns, over all ranks: the loss, and the sums over chosen and over rejected traces of
-        their log-probs per token.
+    def accumulate(self, work: StepWork) -> tuple[float, float, float, float]:
+        """Puts one step's gradient, clipped, into the parameters, pack by pack.
+
+        Returns, over all ranks: the loss, the sums over chosen and over rejected traces of their
+        log-probs per token, and the norm of the gradient before clipping. Waits for the device
+        here only, once.
         """
         device, world_size = self.ranks.device, self.ranks.world_size
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(3, device=device)
-        for pack in self._packs_of_this_rank(traces):
+        for pack in work.packs:
             pack = pack.to(device)
-            out = self.model(pack, partial(self.objective, counts))
+            out = self.model(pack, partial(self.objective, work.counts))
             # FSDP averages gradients over ranks; the objective is already a mean over all of them.
             (out.loss * world_size).backward()
             mean_S = out.logps_S / out.lengths_S.clamp(min=1)
@@ -227,8 +247,10 @@ class Loop:
             chosen = torch.where(chosen_S, mean_S, zero).sum()
             rejected = torch.where(chosen_S, zero, mean_S).sum()
             sums += torch.stack([out.loss.detach(), chosen, rejected])
-        loss, chosen, rejected = distributed.all_sum(sums).tolist()  # waits for the device, once
-        return loss, chosen, rejected
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        numbers = torch.cat([distributed.all_sum(sums), distributed.whole(norm).reshape(1)])
+        loss, chosen, rejected, grad_norm = numbers.tolist()
+        return loss, chosen, rejected, grad_norm
 
     def save(self, state: TrainState, listeners: list[Any]) -> None:
         """A full disk is said loudly but does not end a run that may outlive it."""
@@ -242,10 +264,6 @@ class Loop:
             _say(f"WARNING: checkpoint of step {state.step} NOT saved: {error}")
         else:
             notify(listeners, "on_save", state)
-
-    def _clip(self) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        return float(distributed.full_tensors({"norm": norm})["norm"])
 
     def _packs_of_this_rank(self, traces: list[Trace]) -> list[Pack]:
         packs = pack_traces(traces, self.config.max_tokens_per_batch)

@@ -1,0 +1,72 @@
+"""The host waits for the device once a step, however many micro-batches the step has."""
+
+import traceback
+from collections import Counter
+
+import pytest
+import tiny
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from redi.config import TrainConfig, make_config
+from redi.distributed import Ranks
+from redi.model import load_model, load_tokenizer
+from redi.monitor import TrainState
+from redi.train import Loop, load_data
+
+# What hands numbers of the device to the host, or needs them to know a shape.
+OPS = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2"}
+METHODS = {"item", "tolist", "numpy", "cpu", "__float__", "__int__", "__bool__", "__index__"}
+
+
+class Waits:
+    """Counts them, but for those inside `redi_kernels`, whose CPU path looks at values freely."""
+
+    def __init__(self):
+        self.seen = Counter()
+
+    def note(self, name):
+        if not any("redi_kernels" in frame.filename for frame in traceback.extract_stack()):
+            self.seen[name] += 1
+
+
+class Ops(TorchDispatchMode):
+    def __init__(self, waits):
+        super().__init__()
+        self.waits = waits
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        if name in OPS or (name == "index" and any(_is_mask(i) for i in args[1])):
+            self.waits.note(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Methods(TorchFunctionMode):
+    def __init__(self, waits):
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in METHODS:
+            self.waits.note(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_mask(index):
+    return index is not None and index.dtype == torch.bool
+
+
+@pytest.mark.parametrize("how", [{}])
+def test_a_step_waits_once(tmp_path, how):
+    settings = tiny.train_settings(tmp_path, train_batch_size=12, max_tokens_per_batch=30, **how)
+    config = make_config(TrainConfig, settings, "test")
+    data = load_data(config, load_tokenizer(config))
+    loop = Loop(config, load_model(config), data, {}, Ranks(0, 1, torch.device("cpu")))
+    assert len(loop.prepare(0).packs) > 10
+    waits = Waits()
+    with Ops(waits), Methods(waits):
+        loop.step(TrainState(total_steps=2))
+    loop.work.close()
+    assert waits.seen == {"tolist": 1}
