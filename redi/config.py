@@ -135,7 +135,16 @@ class TrainConfig(Strict):
         description="compute in bfloat16 over float32 master weights; default: on CUDA, not on CPU",
     )
     trust_remote_code: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal["none", "full", "offload"] = Field(
+        "none",
+        description="full (or true): keep each block's input only and compute the block again; "
+        "offload: keep that input in host memory",
+    )
+    use_liger_kernel: bool | None = Field(
+        None,
+        description="Liger's RMSNorm, RoPE and SwiGLU; default: on CUDA if liger-kernel is there",
+    )
+    torch_compile: bool = Field(False, description="compile the norms and the MLP of each block")
     # data
     dataset_name: str = Field(description="positives.parquet, pairs.parquet, or ready rows")
     max_length: int = Field(
@@ -171,6 +180,11 @@ class TrainConfig(Strict):
         "auto",
         description="auto: newest complete checkpoint in output_dir; false: start anew; a path",
     )
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _checkpointing_as_in_transformers(cls, value: Any) -> Any:
+        return ("full" if value else "none") if isinstance(value, bool) else value
 
     @field_validator("alpha")
     @classmethod

@@ -14,7 +14,7 @@ import torch
 from redi_kernels.hf import logit_options
 from torch import Tensor, nn
 
-from redi import attention
+from redi import attention, blocks
 from redi.config import TrainConfig
 from redi.data.pack import Pack
 from redi.errors import RediError
@@ -188,12 +188,7 @@ def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> Pa
             ) from None
         lm.config.dtype = stored_dtype
         torch.nn.Module.to(lm, device)
-    if config.gradient_checkpointing:
-        non_reentrant = {"use_reentrant": False}
-        if hasattr(lm, "activation_checkpointing_enable"):  # the name from transformers 5.2x on
-            lm.activation_checkpointing_enable(non_reentrant)
-        else:
-            lm.gradient_checkpointing_enable(non_reentrant)
+    blocks.prepare(lm, config, torch.device(device))
     autocast = bool(config.bf16) and torch.device(device).type == "cpu"
     return PackedLM(lm, autocast=autocast).train()
 

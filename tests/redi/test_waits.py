@@ -58,7 +58,7 @@ def _is_mask(index):
     return index is not None and index.dtype == torch.bool
 
 
-@pytest.mark.parametrize("how", [{}])
+@pytest.mark.parametrize("how", [{}, {"gradient_checkpointing": "offload"}])
 def test_a_step_waits_once(tmp_path, how):
     settings = tiny.train_settings(tmp_path, train_batch_size=12, max_tokens_per_batch=30, **how)
     config = make_config(TrainConfig, settings, "test")
