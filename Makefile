@@ -15,7 +15,7 @@ VENV := .venv
 BIN  := $(VENV)/bin
 PIP   = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow lint bench aot aot-3.6 count memory gpu-check clean
+.PHONY: demo test test-slow lint bench bench-trainer aot aot-3.6 count memory gpu-check clean
 
 demo: $(VENV)/.demo  # one thread: the model is so small that a second one is mostly waited for
 	OMP_NUM_THREADS=1 $(BIN)/redi run recipes/demo.yaml
@@ -35,6 +35,12 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	@mkdir -p runs
 	$(BIN)/python -m pytest bench -o python_files='bench_*.py' --benchmark-json runs/bench.json
+
+# The whole trainer against TRL's, where a step's time goes, and its growth with the tokens.
+bench-trainer: $(VENV)/.dev
+	$(BIN)/python bench/trainer_table.py --write docs/trainer.md
+	$(BIN)/python bench/profile_step.py
+	$(BIN)/python bench/scaling.py --write docs/scaling.png
 
 # The Triton kernels without a GPU: what they compile to, what they cost, what they keep in memory.
 # `count` and `memory` show the peers that are installed: cut-cross-entropy, liger-kernel, trl.

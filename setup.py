@@ -11,11 +11,13 @@ from setuptools import setup
 VERSION = "0.1.0"
 
 TRITON = 'triton>=3.4; platform_system == "Linux"'
+LIGER = 'liger-kernel>=0.8.1; platform_system == "Linux"'
 
 EXTRAS = {
     "gpu": [TRITON],  # flash-attn is built by hand, see README.md
     "data": ["math-verify>=0.9"],
     "plot": ["matplotlib>=3.8"],
+    "liger": [LIGER],  # RMSNorm, RoPE and SwiGLU on a GPU
     "lora": ["peft>=0.18"],
     "track": ["tensorboard", "trackio"],
 }
@@ -24,7 +26,8 @@ EXTRAS["dev"] = [
     *EXTRAS["data"],
     *EXTRAS["plot"],
     *EXTRAS["lora"],
-    TRITON,  # its interpreter runs the GPU kernels' tests on a CPU
+    TRITON,  # its interpreter runs the GPU kernels' tests on a CPU, Liger's too
+    LIGER,
     "build",
     "hypothesis",
     "mypy",

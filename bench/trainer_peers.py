@@ -1,4 +1,4 @@
-"""One run of a trainer on pairs that are all there are: redi's own, and TRL's for the same objective.
+"""One run of a trainer: redi's own, and TRL's for the same objective.
 
 Each takes (job, on_step_end), trains `job.steps` steps of `job.batch` pairs from the model in
 job.folder and calls on_step_end() after each. Both get float32, AdamW, no saving, no logging
@@ -100,7 +100,8 @@ def _trl_sft(job: Job, model: Any, data: Any, common: dict) -> Callable:
 
     data = data.remove_columns("rejected").rename_column("chosen", "completion")
     if job.trainer == "trl packed":  # rows as long as the longest trace, best-fit, no padding
-        longest = max(len(row["prompt"][0]["content"] + row["completion"][0]["content"]) for row in data)
+        text = lambda row: row["prompt"][0]["content"] + row["completion"][0]["content"]
+        longest = max(len(text(row)) for row in data)
         common |= {"packing": True, "max_length": longest + 8}
     else:
         common |= {"max_length": None}

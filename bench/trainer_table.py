@@ -7,7 +7,7 @@ Model: Qwen2 in the proportions of Qwen2.5-1.5B's (vocabulary 4 x layers x hidde
 width. Pairs: the lengths of the paper's (Qwen2.5-Math-1.5B on OpenR1 traces, cut at 800 + 19,000
 tokens; log-normal, since only the limits are published), divided by 32. A useful token is one of
 the data; padding is not. Each row is a fresh process: its first step warms up, the others count.
-Memory is the peak beyond weights, gradients and AdamW's moments.
+Memory is the peak beyond weights, gradients and AdamW's moments. Both checkpoint activations.
 
 Where the difference comes from: the same with traces of equal length (nothing to pad), and with a
 vocabulary of 256 on top of that (hardly any logits).
@@ -35,6 +35,7 @@ from trainer_peers import Job
 
 SCALE = 32
 BATCH, STEPS = 8, 4
+CHECKPOINTING = "full"  # as in the paper's runs, and TRL's default
 VOCAB = 8192
 MODEL = {
     "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8,
@@ -58,8 +59,9 @@ def paper_lengths(count: int, median: int, limit: int, rng: np.random.Generator)
 
 def make_input(folder: Path, vocab: int, equal: bool) -> None:
     """A model with its tokenizer, and pairs of random digits, one a token."""
-    from redi.data.arithmetic import write_tokenizer
     from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from redi.data.arithmetic import write_tokenizer
 
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=vocab, **MODEL))
@@ -151,7 +153,9 @@ def measure(objective: str, case: str) -> list[dict]:
         for trainer in trainers:
             best = 0.0
             for micro_batch in MICRO_BATCHES[trainer]:
-                job = Job(Path(folder), objective, trainer, micro_batch, "none", BATCH, STEPS)
+                job = Job(
+                    Path(folder), objective, trainer, micro_batch, CHECKPOINTING, BATCH, STEPS
+                )
                 row = {"case": case, **asdict(job), **run_apart(job)}
                 del row["folder"]
                 rows.append(row)

@@ -7,7 +7,7 @@ import importlib.util
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from redi.config import TrainConfig
@@ -79,7 +79,7 @@ def _from_host(saved: tuple[torch.device, Tensor]) -> Tensor:
     return host.to(device, non_blocking=True)
 
 
-def compile_blocks(lm: nn.Module) -> None:
+def compile_blocks(lm: Any) -> None:
     """torch.compile for what stands around attention in each block: norms and MLP, once for all
     blocks and any number of tokens. Attention stays out, since the boundaries of the traces are
     Python numbers: it would be compiled again for each pack."""
