@@ -86,8 +86,9 @@ def make_input(folder: Path, vocab: int, equal: bool) -> None:
 class Watch:
     """Counts tokens on their way into the decoder; notes time and peak memory a step."""
 
-    def __init__(self, lm: Any):
+    def __init__(self, lm: Any, cpu_time: bool):
         self.lm, self.useful, self.computed = lm, 0, 0
+        self.clock = time.process_time if cpu_time else time.perf_counter
         self.seconds = self.base = self.peak = 0.0
         self.started: float | None = None
         lm.model.register_forward_pre_hook(self.count, with_kwargs=True)
@@ -99,7 +100,7 @@ class Watch:
 
     def on_step_end(self) -> None:
         if self.started is not None:
-            self.seconds += time.perf_counter() - self.started
+            self.seconds += self.clock() - self.started
             self.peak = resident("VmHWM")
         else:  # the first step: imports, optimizer state and workspaces are there now
             self.useful = self.computed = 0
@@ -109,7 +110,7 @@ class Watch:
             alive = sum(w.grad.nbytes for w in weights if w.grad is not None)
             self.base = resident("VmRSS") - alive + sum(w.nbytes for w in weights)
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        self.started = time.perf_counter()
+        self.started = self.clock()
 
     def row(self) -> dict:
         return {
@@ -124,11 +125,12 @@ class Watch:
 def run_here(job: dict) -> None:
     """One row, printed as the last line: what the fresh process does."""
     job["folder"] = Path(job["folder"])
+    cpu_time = job.pop("cpu_time")
     watch: Watch | None = None
 
     def watched(lm: Any):
         nonlocal watch
-        watch = Watch(lm)
+        watch = Watch(lm, cpu_time)
         return watch.on_step_end
 
     run = trainer_peers.redi if job["trainer"] == "redi" else trainer_peers.trl
@@ -137,15 +139,16 @@ def run_here(job: dict) -> None:
     print(json.dumps(watch.row()))
 
 
-def run_apart(job: Job) -> dict:
-    command = [sys.executable, __file__, "--run", json.dumps(asdict(job), default=str)]
+def run_apart(job: Job, cpu_time: bool) -> dict:
+    content = json.dumps({**asdict(job), "cpu_time": cpu_time}, default=str)
+    command = [sys.executable, __file__, "--run", content]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         return {"error": result.stderr.strip().splitlines()[-1]}
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def measure(objective: str, case: str) -> list[dict]:
+def measure(objective: str, case: str, cpu_time: bool) -> list[dict]:
     trainers = ["redi", "trl", *(["trl packed"] if objective == "sft" else [])]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -156,7 +159,7 @@ def measure(objective: str, case: str) -> list[dict]:
                 job = Job(
                     Path(folder), objective, trainer, micro_batch, CHECKPOINTING, BATCH, STEPS
                 )
-                row = {"case": case, **asdict(job), **run_apart(job)}
+                row = {"case": case, **asdict(job), **run_apart(job, cpu_time)}
                 del row["folder"]
                 rows.append(row)
                 print(line(row), file=sys.stderr, flush=True)
@@ -232,6 +235,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--json", type=Path, default=Path("runs/trainer.json"))
     parser.add_argument("--write", type=Path, help="put the tables into this file")
+    parser.add_argument("--cpu-time", action="store_true", help="for a machine that others use too")
     parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
@@ -243,7 +247,7 @@ def main() -> None:
     for objective in args.objectives:
         for case in args.cases:
             print(f"{objective}, {case}", file=sys.stderr)
-            fresh = measure(objective, case)
+            fresh = measure(objective, case, args.cpu_time)
             same = lambda row, o=objective, c=case: (row["objective"], row["case"]) == (o, c)
             result["rows"] = [row for row in result["rows"] if not same(row)] + fresh
     result["machine"] = {
@@ -251,6 +255,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
+        "clock": "cpu" if args.cpu_time else "wall",
     }
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(result, indent=1))
