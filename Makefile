@@ -15,7 +15,7 @@ VENV := .venv
 BIN  := $(VENV)/bin
 PIP   = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow lint bench bench-trainer aot aot-3.6 count memory gpu-check clean
+.PHONY: demo test test-slow lint bench bench-trainer aot aot-3.6 count memory gpu-check chaos clean
 
 demo: $(VENV)/.demo  # one thread: the model is so small that a second one is mostly waited for
 	OMP_NUM_THREADS=1 $(BIN)/redi run recipes/demo.yaml
@@ -59,6 +59,9 @@ memory: $(VENV)/.dev
 
 gpu-check: $(VENV)/.dev
 	$(BIN)/python bench/gpu_check.py
+
+chaos: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python bench/chaos.py
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -60,10 +60,8 @@ def train(
     from redi import distributed
     from redi.train import train as train_stage
 
-    try:
-        result = train_stage(settings, name=settings.objective)
-    finally:
-        distributed.teardown()
+    result = train_stage(settings, name=settings.objective)
+    distributed.teardown()  # not after an error: it would wait for ranks that have ended
     if os.environ.get("RANK", "0") == "0":
         print(f"model: {result.output_dir} ({result.steps} steps)")
 
@@ -154,7 +152,8 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(stop, file=sys.stderr)
         sys.exit(0)
     except KeyboardInterrupt:
         print("interrupted; run the same command to continue", file=sys.stderr)

@@ -171,6 +171,11 @@ class TrainConfig(Strict):
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="a step whose loss or gradient is NaN or inf: stop, or go on without it; "
+        "its examples are named and saved either way",
+    )
     seed: int = 42
     # logging and saving
     logging_steps: int = Field(1, ge=1)

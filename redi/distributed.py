@@ -8,12 +8,15 @@ gloo.
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,29 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value (small, of plain types), by rank. A collective."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def together(self, work: Callable[[], T], *, main: bool = False) -> list[T]:
+        """Does `work` on every rank, or on the main one only, and waits for all; returns what each
+        got. Raises OSError on all ranks when it did on any, so that none goes on alone."""
+        result: T | None = None
+        problem = None
+        try:
+            if self.is_main or not main:
+                result = work()
+        except OSError as error:
+            problem = f"rank {self.rank}: {error}" if self.world_size > 1 else str(error)
+        outcomes = self.gather((result, problem))
+        problems = [problem for _, problem in outcomes if problem]
+        if problems:
+            raise OSError("; ".join(problems))
+        return [result for result, _ in outcomes]  # type: ignore[misc]
 
 
 def setup() -> Ranks:
@@ -73,8 +96,20 @@ def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, *, bf16: bool
     fully_shard(model, mp_policy=policy)
 
 
-def full_tensors(named: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, for ranks that `keep` them; the others get an empty dictionary.
+def local_part(tensor: Tensor) -> tuple[Tensor, list[int]]:
+    """The part of a (possibly sharded) tensor that this rank holds, and where in the whole tensor
+    it starts."""
+    if not isinstance(tensor, DTensor):
+        return tensor, [0] * tensor.ndim
+    (chunk,) = tensor.__create_chunk_list__()  # how torch.distributed.checkpoint asks
+    return tensor.to_local(), list(chunk.offsets)
+
+
+def full_tensors(
+    named: Mapping[str, Tensor], *, dtype: torch.dtype | None = None, keep: bool = True
+) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, as `dtype`, for ranks that `keep` them; the others get an empty
+    dictionary and hold one whole tensor at a time.
 
     A collective: all ranks call it in the same order.
     """
@@ -82,23 +117,13 @@ def full_tensors(named: Mapping[str, Tensor], *, keep: bool = True) -> dict[str,
     for name, tensor in named.items():
         value = whole(tensor)
         if keep:
-            gathered[name] = value.detach().cpu()
+            gathered[name] = value.detach().to("cpu", dtype)
     return gathered
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor's full value, on its device. A collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-@torch.no_grad()
-def load_full_tensors(named: Mapping[str, Tensor], source: Callable[[str], Tensor]) -> None:
-    """Copies whole tensors into (possibly sharded) ones of the same name and shape."""
-    for name, target in named.items():
-        value = source(name).to(target.device, target.dtype)
-        if isinstance(target, DTensor):
-            value = distribute_tensor(value, target.device_mesh, target.placements)
-        target.copy_(value)
 
 
 def all_sum(values: Tensor) -> Tensor:

@@ -24,20 +24,19 @@ def export(
 ) -> None:
     """Writes weights, tokenizer, template, generation config and card to `config.output_dir`.
 
-    `weights` are whole tensors under transformers' names, tied ones once. Everything is written
-    aside first; `config.json`, which makes the folder a model, moves in last. Raises OSError (full
-    disk) and then leaves nothing behind.
+    `weights` are whole tensors of `stored_dtype` under transformers' names, tied ones once.
+    Everything is written aside first; `config.json`, which makes the folder a model, moves in last.
+    Raises OSError (full disk) and then leaves nothing behind.
     """
     from transformers import GenerationConfig
 
-    dtype = _stored_dtype(lm, config.dtype)
     output_dir = Path(config.output_dir)
     aside = output_dir / "export.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         with no_progress_bars():
-            lm.save_pretrained(aside, state_dict={k: v.to(dtype) for k, v in weights.items()})
+            lm.save_pretrained(aside, state_dict=weights)
         tokenizer.save_pretrained(aside)
         generation = GenerationConfig.from_model_config(lm.config)
         generation.eos_token_id = eos_token_ids
@@ -45,7 +44,8 @@ def export(
         generation.pad_token_id = eos_token_ids[0] if pad is None else pad
         generation.save_pretrained(aside)
         settings = json.loads((aside / "config.json").read_text())
-        settings["dtype"] = str(dtype).removeprefix("torch.")  # of the file, not of the training
+        dtype = str(stored_dtype(lm, config.dtype))
+        settings["dtype"] = dtype.removeprefix("torch.")  # of the file, not of the training
         (aside / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
         (aside / "README.md").write_text(card)
         names = sorted((f.name for f in aside.iterdir()), key=lambda name: name == "config.json")
@@ -71,7 +71,8 @@ def model_card(config: TrainConfig, steps: int, metrics: dict[str, float]) -> st
     )
 
 
-def _stored_dtype(lm: Any, wanted: str) -> torch.dtype:
+def stored_dtype(lm: Any, wanted: str) -> torch.dtype:
+    """Of the exported weights: `wanted`, or for "auto" what the model came in."""
     dtype = lm.config.dtype if wanted == "auto" else wanted
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)

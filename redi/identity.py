@@ -22,7 +22,7 @@ FREE = {
     "model_name_or_path", "tokenizer_name_or_path", "dataset_name", "chat_template",
     "output_dir", "logging_steps", "save_steps", "save_total_limit", "resume_from_checkpoint",
     "max_tokens_per_batch", "gradient_checkpointing", "use_liger_kernel", "torch_compile",
-    "expected_examples",
+    "expected_examples", "nonfinite",
 }  # fmt: skip
 
 

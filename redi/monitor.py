@@ -24,6 +24,7 @@ class TrainState:
     epoch: float = 0.0
     output_dir: Path = field(default_factory=Path)
     name: str = "train"
+    skipped: list[int] = field(default_factory=list)  # steps whose loss or gradient was not finite
 
 
 class Callback:
@@ -45,18 +46,29 @@ def notify(callbacks: list[Any], event: str, state: TrainState, *args: Any) -> N
 
 class MetricsFile(Callback):
     """One JSON object a logged step. On resume, lines past the saved step are cut off first, so
-    that a killed run leaves neither gaps nor double lines."""
+    that a killed run leaves neither gaps nor double lines. On a full disk lines wait in memory."""
 
     def __init__(self, path: Path):
         self.path = path
+        self.size = 0  # bytes of whole lines in the file
+        self.waiting: list[str] = []
 
     def on_train_begin(self, state: TrainState) -> None:
         kept = [row for row in read_metrics(self.path) if row["step"] <= state.step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.size = self.path.stat().st_size
 
     def on_log(self, state: TrainState, logs: dict[str, float]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(logs) + "\n")
+        self.waiting.append(json.dumps(logs) + "\n")
+        try:
+            with self.path.open("r+") as file:
+                file.truncate(self.size)  # of a line cut short by a full disk
+                file.seek(self.size)
+                file.writelines(self.waiting)
+        except OSError as error:
+            say(f"WARNING: {self.path}: {len(self.waiting)} lines not written yet: {error}")
+        else:
+            self.size, self.waiting = self.path.stat().st_size, []
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -80,6 +92,7 @@ class Progress(Callback):
         ("logps/rejected", "rejected", "{:.3f}"),
         ("grad_norm", "grad", "{:.2f}"),
         ("tokens_per_second", "tok/s", "{:,.0f}"),
+        ("skipped_steps", "skipped", "{:.0f}"),
     )
 
     def __init__(self, stream: TextIO | None = None, every: float = 10.0):
@@ -129,6 +142,10 @@ class Progress(Callback):
         if self.bar is not None:
             self.bar.update(self.task, completed=state.step)
             self.bar.stop()
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def ticker(label: str, every: float = 10.0) -> Callable[[int], None]:

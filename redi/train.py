@@ -5,10 +5,7 @@ packed into micro-batches; every denominator is counted over the whole step befo
 forward; so how a step is split never changes its gradient beyond rounding.
 """
 
-import contextlib
 import math
-import signal
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,10 +22,11 @@ from redi.data.prefetch import Prefetch, pin
 from redi.data.read import read_examples
 from redi.data.tokenize import ChatFormat, Tokenized, Trace, tokenize_examples
 from redi.errors import Interrupted, RediError
-from redi.export import export, model_card
+from redi.export import export, model_card, stored_dtype
+from redi.faults import StopRequest, nonfinite_step
 from redi.identity import TrainResult, check_same, identify, read_result, write_result
 from redi.model import PackedLM, load_model, load_tokenizer
-from redi.monitor import MetricsFile, Progress, TrainState, notify, read_metrics
+from redi.monitor import MetricsFile, Progress, TrainState, notify, read_metrics, say
 from redi.objectives import StepCounts, make_objective
 from redi.schedule import Schedule
 
@@ -68,28 +66,30 @@ def train(
         listeners = [MetricsFile(output_dir / "metrics.jsonl"), Progress(), *callbacks]
         dropped = f", {len(data.dropped)} dropped" if data.dropped else ""
         continued = f", continuing after step {state.step}" if state.step else ""
-        _say(f"{name}: {len(data.traces)} examples{dropped}, {state.total_steps} steps{continued}")
+        say(f"{name}: {len(data.traces)} examples{dropped}, {state.total_steps} steps{continued}")
     metrics = loop.run(state, listeners)
 
     result = TrainResult(output_dir, state.step, metrics, len(data.traces), len(data.dropped))
-    weights = _whole_weights(model, keep=ranks.is_main)
-    if ranks.is_main:
-        try:
-            export(
-                model.lm,
-                weights,
-                tokenizer,
-                config,
-                eos_token_ids=ChatFormat(tokenizer).eos_token_ids,
-                card=model_card(config, state.step, metrics),
-            )
-            write_result(result, identity)
-        except OSError as error:
-            raise RediError(
-                f"{output_dir}: the model could not be written ({error}); "
-                "free space and run the same command: it continues from the last checkpoint"
-            ) from None
-    ranks.barrier()
+    weights = _whole_weights(model, stored_dtype(model.lm, config.dtype), keep=ranks.is_main)
+
+    def write() -> None:
+        export(
+            model.lm,
+            weights,
+            tokenizer,
+            config,
+            eos_token_ids=ChatFormat(tokenizer).eos_token_ids,
+            card=model_card(config, state.step, metrics),
+        )
+        write_result(result, identity)
+
+    try:
+        ranks.together(write, main=True)
+    except OSError as error:
+        raise RediError(
+            f"{output_dir}: the model could not be written ({error}); "
+            "free space and run the same command: it continues from the last checkpoint"
+        ) from None
     return result
 
 
@@ -147,17 +147,20 @@ class Loop:
     def resume(self, state: TrainState) -> None:
         """Moves `state`, model and optimizer to the checkpoint to continue from, if there is
         one."""
-        found = checkpoint.find(state.output_dir, self.config.resume_from_checkpoint)
+        wanted = self.config.resume_from_checkpoint
+        found, damaged = checkpoint.find(state.output_dir, wanted, self.ranks)
+        for problem in damaged if self.ranks.is_main else []:
+            say(f"WARNING: not continuing from a damaged checkpoint: {problem}")
         if found is not None:
             saved = checkpoint.read_state(found)
             check_same(found, saved["identity"], self.identity)
             checkpoint.load(found, self.model, self.optimizer)
-            state.step = saved["step"]
+            state.step, state.skipped = saved["step"], saved["skipped"]
 
     def run(self, state: TrainState, listeners: list[Any]) -> dict[str, float]:
         """Trains from `state` to the end; returns the last logged metrics."""
         notify(listeners, "on_train_begin", state)
-        with _StopRequest() as stop:
+        with StopRequest() as stop:
             try:
                 while state.step < state.total_steps:
                     metrics = self.step(state)
@@ -182,23 +185,21 @@ class Loop:
     def step(self, state: TrainState) -> dict[str, float]:
         """One optimizer step; returns its row for the log.
 
-        Raises RediError when the loss or the gradient is not finite, before the weights change.
+        A step whose loss or gradient is not finite leaves the weights alone: RediError, or a row
+        that counts it as skipped, as `nonfinite` says.
         """
         started = time.monotonic()
         work = self.work.get(state.step)
         loss, chosen, rejected, grad_norm = self.accumulate(work)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            ids = [self.data.example_ids[i] for i in work.indices]
-            more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
-            raise RediError(
-                f"step {state.step + 1}: loss {loss}, gradient norm {grad_norm}; training stopped "
-                f"before the weights changed, checkpoints in {state.output_dir} are good. Lower "
-                f"learning_rate, or look at this step's examples: {', '.join(ids[:8])}{more}"
-            )
         learning_rate = self.schedule.learning_rate(state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.step()
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.optimizer.step()
+        else:
+            numbers = {"loss": loss, "grad_norm": grad_norm}
+            skip, is_main = self.config.nonfinite == "skip", self.ranks.is_main
+            nonfinite_step(state, self.data, work.indices, numbers, skip=skip, is_main=is_main)
         state.step += 1
         state.epoch = state.step / self.schedule.steps_per_epoch
         row = {
@@ -215,7 +216,9 @@ class Loop:
             row["logps/chosen"] = chosen / work.counts.num_chosen
         if work.counts.num_rejected:
             row["logps/rejected"] = rejected / work.counts.num_rejected
-        return row
+        if state.skipped:
+            row["skipped_steps"] = len(state.skipped)
+        return {key: value for key, value in row.items() if math.isfinite(value)}
 
     def prepare(self, step: int) -> StepWork:
         """The packs of a step; a function of the step alone, called ahead in a thread."""
@@ -254,14 +257,15 @@ class Loop:
 
     def save(self, state: TrainState, listeners: list[Any]) -> None:
         """A full disk is said loudly but does not end a run that may outlive it."""
-        content = {"step": state.step, "identity": self.identity}
+        content = {"step": state.step, "skipped": state.skipped, "identity": self.identity}
         keep = self.config.save_total_limit
         try:
             checkpoint.save(
                 state.output_dir, self.model, self.optimizer, content, self.ranks, keep=keep
             )
         except OSError as error:
-            _say(f"WARNING: checkpoint of step {state.step} NOT saved: {error}")
+            if self.ranks.is_main:
+                say(f"WARNING: {error}")
         else:
             notify(listeners, "on_save", state)
 
@@ -297,35 +301,8 @@ def _checked(config: TrainConfig | dict[str, Any] | str | Path) -> TrainConfig:
     return load_config(TrainConfig, config, {})
 
 
-def _whole_weights(model: PackedLM, *, keep: bool) -> dict[str, torch.Tensor]:
-    """Whole float32 weights under transformers' names; tied weights appear once."""
-    named = distributed.full_tensors(dict(model.named_parameters()), keep=keep)
+def _whole_weights(model: PackedLM, dtype: torch.dtype, *, keep: bool) -> dict[str, torch.Tensor]:
+    """Whole weights under transformers' names; tied weights appear once."""
+    parameters = dict(model.named_parameters())
+    named = distributed.full_tensors(parameters, dtype=dtype, keep=keep)
     return {name.removeprefix("lm."): tensor for name, tensor in named.items()}
-
-
-class _StopRequest:
-    """Notes SIGINT and SIGTERM, for the loop to end between two steps; a second ends it at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "_StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not the main thread: the caller's business
-                self.previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        _say("stopping after this step (again to stop at once, without saving)")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
