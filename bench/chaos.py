@@ -8,7 +8,8 @@ rename and removal, and the middle of writing a file of tensors). The same comma
 Checked:
 
 - after each kill: every checkpoint-N is intact, sha256 and all; `latest` names one of them; every
-  line of metrics.jsonl is whole but for the last; the other rank has ended too, within a minute
+  line of metrics.jsonl is whole but for the last; the other rank, told to stop by SIGTERM as
+  launchers do, has ended within a minute
 - after each start: it goes on from the last save that was completed, not from an earlier one
 - at the end of each run: weights, AdamW moments and metrics.jsonl (but for its timing fields) are
   bit for bit those of a run that nobody disturbed
@@ -158,6 +159,7 @@ class Campaign:
         recipe = self.folder / f"{name}.yaml"
         settings = self.settings | options | {"output_dir": str(self.output)}
         recipe.write_text(yaml.safe_dump(settings))
+        (self.folder / "log").unlink(missing_ok=True)
         self.shared = [RawValue(Shared) for _ in range(self.world_size)]
         self.ranks = Ranks(
             recipe,
@@ -173,8 +175,14 @@ class Campaign:
             while time.monotonic() < deadline and not self.ranks.poll():
                 time.sleep(0.001)
             self.ranks.kill(victim)
+        while not self.ranks.codes:  # a rank
+            self.ranks.poll()
+            time.sleep(0.001)
+        for rank in range(self.world_size):  # a launcher tells the others
+            self.ranks.kill(rank, signal.SIGTERM)
         ended = self.ranks.wait(LIMIT)
-        self.fail_unless(ended, self.output.name, "a rank went on for a minute after another died")
+        phases = ", ".join(PHASES[shared.phase] for shared in self.shared)
+        self.fail_unless(ended, self.output.name, f"a rank outlived another's death ({phases})")
         killed = self.ranks.codes[victim] == -signal.SIGKILL
         if killed:
             self.tally.kills[self.shared[victim].phase] += 1
@@ -217,7 +225,7 @@ class Campaign:
             self.tally.problems.append(f"{self.world_size} ranks, {name}: {what}")
 
     def log(self) -> str:
-        return (self.folder / "log").read_text()[-3000:]
+        return (self.folder / "log").read_text()[-9000:]
 
 
 def watch(shared: Any, point: int) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import signal
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,15 +12,22 @@ from redi.errors import RediError
 from redi.files import write_text
 from redi.monitor import TrainState, say
 
+AGAIN = 1.0  # seconds: an earlier Ctrl-C is the same one, passed on by a launcher
 MAX_SKIPPED = 10  # steps in a row; then it is not a batch that is bad
 
 
 class StopRequest:
-    """Notes SIGINT and SIGTERM, for the loop to end between two steps; a second ends it at once."""
+    """Notes SIGINT and SIGTERM, for the loop to end between two steps; a second Ctrl-C ends it at
+    once. (A second SIGTERM does not: a scheduler tells every process, then the launcher tells its
+    ranks again.)"""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked_at: float | None = None
         self.previous: dict[int, Any] = {}
+
+    @property
+    def asked(self) -> bool:
+        return self.asked_at is not None
 
     def __enter__(self) -> "StopRequest":
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -32,10 +40,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.asked:
+        now = time.monotonic()
+        if self.asked_at is None:
+            self.asked_at = now
+            say("stopping after this step (Ctrl-C again to stop at once, without saving)")
+        elif number == signal.SIGINT and now - self.asked_at >= AGAIN:
             raise KeyboardInterrupt
-        self.asked = True
-        say("stopping after this step (again to stop at once, without saving)")
 
 
 def nonfinite_step(

@@ -65,8 +65,10 @@ def train(
         output_dir.mkdir(parents=True, exist_ok=True)
         listeners = [MetricsFile(output_dir / "metrics.jsonl"), Progress(), *callbacks]
         dropped = f", {len(data.dropped)} dropped" if data.dropped else ""
+        where = f" on {ranks.world_size} ranks" if ranks.world_size > 1 else ""
         continued = f", continuing after step {state.step}" if state.step else ""
-        say(f"{name}: {len(data.traces)} examples{dropped}, {state.total_steps} steps{continued}")
+        plan = f"{len(data.traces)} examples{dropped}, {state.total_steps} steps{where}{continued}"
+        say(f"{name}: {plan}")
     metrics = loop.run(state, listeners)
 
     result = TrainResult(output_dir, state.step, metrics, len(data.traces), len(data.dropped))

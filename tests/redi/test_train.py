@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from poison import poisoned
 from safetensors.torch import load_file
 
 import redi
-from redi import checkpoint
+import redi.train as train_module
+from redi import checkpoint, faults
 from redi.config import TrainConfig, make_config
 from redi.errors import Interrupted, RediError
 from redi.monitor import read_metrics
@@ -134,20 +136,21 @@ def test_checkpoint_of_other_data_is_refused(tmp_path):
         train(settings)
 
 
-def test_a_half_written_checkpoint_is_not_used(tmp_path, straight):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, straight, capsys):
     settings = tiny.train_settings(tmp_path, save_total_limit=3)
     with pytest.raises(ZeroDivisionError):
         train(settings, [StopAt(5, ZeroDivisionError())])
     out = tmp_path / "out"
-    assert [c.name for c in checkpoint.complete_checkpoints(out)] == [
-        "checkpoint-2",
-        "checkpoint-4",
-    ]
-    damaged = out / "checkpoint-4" / "optimizer.safetensors"
+    assert list(checkpoint.checkpoints(out)) == [2, 4]
+    damaged = out / "checkpoint-4" / "optimizer-00001-of-00001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-10])
-    assert checkpoint.find(out, "auto").name == "checkpoint-2"
     train(settings)
+    err = capsys.readouterr().err
+    assert "not continuing from a damaged checkpoint" in err
+    assert "checkpoint-4: optimizer-00001-of-00001.safetensors has" in err
+    assert "continuing after step 2" in err
     assert same_bits(straight[0] / "out", out)
+    assert metrics(out) == metrics(straight[0] / "out")
 
 
 def test_old_checkpoints_go(straight):
@@ -155,17 +158,34 @@ def test_old_checkpoints_go(straight):
     assert left == ["checkpoint-4", "checkpoint-6"]
 
 
-def test_signal_saves_and_continues_exactly(straight, tmp_path):
+@pytest.mark.parametrize("signals", [1, 2])
+def test_signal_saves_and_continues_exactly(straight, tmp_path, signals):
+    """Two of them too: a scheduler tells every process, and then the launcher tells its ranks."""
+
     class Signal(redi.Callback):
         def on_step_end(self, state):
             if state.step == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
+                for _ in range(signals):
+                    os.kill(os.getpid(), signal.SIGTERM)
 
     settings = tiny.train_settings(tmp_path, save_steps=100)
     with pytest.raises(Interrupted, match="after step 3 of 6"):
         train(settings, [Signal()])
     train(settings)
     assert same_bits(straight[0] / "out", tmp_path / "out")
+    assert metrics(tmp_path / "out") == metrics(straight[0] / "out")
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
+    class CtrlC(redi.Callback):
+        def on_step_end(self, state):
+            os.kill(os.getpid(), signal.SIGINT)
+            monkeypatch.setattr(faults, "AGAIN", 0.0)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny.train_settings(tmp_path), [CtrlC()])
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
 def test_sigkill_of_the_command_line(straight, tmp_path):
@@ -190,38 +210,88 @@ def test_sigkill_of_the_command_line(straight, tmp_path):
     assert metrics(tmp_path / "out") == metrics(straight[0] / "out")
 
 
-def test_nan_stops_before_the_weights_change(tmp_path):
-    class Poison(redi.Callback):
-        """Callbacks never see the model; a NaN arrives as it would in life, through the weights."""
+def steps_with(settings, example):
+    schedule = Schedule(12, make_config(TrainConfig, settings, "test"))
+    return [s + 1 for s in range(schedule.total_steps) if example in schedule.examples(s)]
+
+
+def test_nan_stops_before_the_weights_change(tmp_path, monkeypatch):
+    settings = tiny.train_settings(tmp_path, save_steps=1)
+    monkeypatch.setattr(train_module, "make_objective", poisoned(7))
+    step = steps_with(settings, 7)[0]
+    with pytest.raises(RediError, match=rf"step {step}: loss nan, .*sum-7.*step-{step}.json"):
+        train(settings)
+    out = tmp_path / "out"
+    assert not (out / "config.json").exists()
+    assert list(checkpoint.checkpoints(out)) == [s for s in (step - 2, step - 1) if s > 0]
+    saved = json.loads((out / "nonfinite" / f"step-{step}.json").read_text())
+    assert saved["loss"] == "nan"
+    assert len(saved["examples"]) in (2, 5)
+    bad = next(example for example in saved["examples"] if example["id"] == "sum-7")
+    text = tiny.make_tokenizer().decode(bad["traces"][0]["input_ids"])
+    assert text == "<q>22+5=?<a>so so so 22+5=27<e>"
+    assert [trace["is_chosen"] for trace in bad["traces"]] == [True, False]
+
+
+def test_nan_steps_are_skipped_counted_and_shown(tmp_path, monkeypatch, capsys):
+    settings = tiny.train_settings(tmp_path, nonfinite="skip", save_steps=1)
+    monkeypatch.setattr(train_module, "make_objective", poisoned(7))
+    steps = steps_with(settings, 7)
+    assert len(steps) == 2
+    result = train(settings)
+    rows = metrics(tmp_path / "out")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "loss" not in row] == steps
+    counts = [sum(s <= row["step"] for s in steps) for row in rows]
+    assert [row.get("skipped_steps", 0) for row in rows] == counts
+    assert all(t.isfinite().all() for t in weights(result.output_dir).values())
+    err = capsys.readouterr().err
+    assert all(f"WARNING: skipped step {step}: loss nan" in err for step in steps)
+    assert "skipped 2  ETA" in err  # the last line of progress
+
+    again = tiny.train_settings(tmp_path / "again", nonfinite="skip", save_steps=1)
+    with pytest.raises(ZeroDivisionError):
+        train(again, [StopAt(steps[0], ZeroDivisionError())])
+    train(again)
+    assert same_bits(tmp_path / "out", tmp_path / "again" / "out")
+    assert metrics(tmp_path / "again" / "out") == rows
+
+
+def test_skipping_ends_when_every_step_is_bad(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "make_objective", poisoned(*range(12)))
+    settings = tiny.train_settings(tmp_path, nonfinite="skip", num_train_epochs=9)
+    with pytest.raises(RediError, match=r"step 10: .*it is: 10 steps in a row"):
+        train(settings)
+
+
+def test_full_disk_warns_and_goes_on(straight, tmp_path, capsys):
+    """A limit on file sizes stands in for the disk: real short writes, below Python too."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Disk(redi.Callback):
+        def on_step_end(self, state):
+            log = state.output_dir / "metrics.jsonl"
+            limit = {1: log.stat().st_size + 10, 3: hard}.get(state.step)
+            if limit is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
 
         def on_save(self, state):
-            folder = state.output_dir / f"checkpoint-{state.step}"
-            tensors = weights(folder)
-            next(iter(tensors.values()))[3, 0] = float("nan")
-            from safetensors.torch import save_file
+            assert state.step != 2
 
-            save_file(tensors, folder / "model.safetensors")
-            raise ZeroDivisionError
-
-    settings = tiny.train_settings(tmp_path)
-    with pytest.raises(ZeroDivisionError):
-        train(settings, [Poison()])
-    with pytest.raises(RediError, match=r"step 3: loss nan.*examples: sum-\d+, sum-\d+"):
-        train(settings)
-    assert not (tmp_path / "out" / "config.json").exists()
-    assert checkpoint.find(tmp_path / "out", "auto").name == "checkpoint-2"
-
-
-def test_full_disk_at_a_save_warns_and_goes_on(straight, tmp_path, monkeypatch, capsys):
-    def full(tensors, file):
-        Path(file).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    train(tiny.train_settings(tmp_path))
-    assert "checkpoint of step 2 NOT saved" in capsys.readouterr().err
-    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    try:
+        train(tiny.train_settings(tmp_path), [Disk()])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    err = capsys.readouterr().err
+    assert "checkpoint-2 NOT saved: " in err
+    assert "File too large" in err
+    assert "metrics.jsonl: 2 lines not written yet" in err
+    assert list(checkpoint.checkpoints(tmp_path / "out")) == [4, 6]
+    assert not list((tmp_path / "out").glob("*.tmp"))
     assert same_bits(straight[0] / "out", tmp_path / "out")
+    assert metrics(tmp_path / "out") == metrics(straight[0] / "out")
 
 
 def test_full_disk_at_the_end_keeps_the_checkpoint(straight, tmp_path, monkeypatch):
