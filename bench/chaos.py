@@ -1,6 +1,6 @@
 """Kills training runs, hundreds of times, and checks each time that nothing is lost or broken.
 
-    python bench/chaos.py            make chaos: 160 kills on one rank, 40 on two
+    python bench/chaos.py            (make chaos) 160 kills on one rank, 40 on two
 
 A tiny model trains for 12 steps, saving every 1 to 3. A kill is SIGKILL to one rank: at a random
 moment, or at a fault point, which is one of the file operations of a save (each open, mkdir,
