@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from redi.config import TrainConfig
@@ -50,6 +51,8 @@ def export(
         (aside / "README.md").write_text(card)
         names = sorted((f.name for f in aside.iterdir()), key=lambda name: name == "config.json")
         publish(aside, {name: output_dir / name for name in names})
+    except SafetensorError as error:  # what a full disk is to safetensors
+        raise OSError(str(error)) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -264,26 +265,29 @@ def test_skipping_ends_when_every_step_is_bad(tmp_path, monkeypatch):
         train(settings)
 
 
-def test_full_disk_warns_and_goes_on(straight, tmp_path, capsys):
+class FullDisk(redi.Callback):
     """A limit on file sizes stands in for the disk: real short writes, below Python too."""
-    import resource
 
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    NONE = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
-    class Disk(redi.Callback):
+    def limit(self, size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, self.NONE))
+
+
+def test_full_disk_warns_and_goes_on(straight, tmp_path, capsys):
+    class Full(FullDisk):
         def on_step_end(self, state):
             log = state.output_dir / "metrics.jsonl"
-            limit = {1: log.stat().st_size + 10, 3: hard}.get(state.step)
-            if limit is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            if state.step in (1, 3):
+                self.limit(log.stat().st_size + 10 if state.step == 1 else self.NONE)
 
         def on_save(self, state):
             assert state.step != 2
 
     try:
-        train(tiny.train_settings(tmp_path), [Disk()])
+        train(tiny.train_settings(tmp_path), [Full()])
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        FullDisk().limit(FullDisk.NONE)
     err = capsys.readouterr().err
     assert "checkpoint-2 NOT saved: " in err
     assert "File too large" in err
@@ -294,18 +298,18 @@ def test_full_disk_warns_and_goes_on(straight, tmp_path, capsys):
     assert metrics(tmp_path / "out") == metrics(straight[0] / "out")
 
 
-def test_full_disk_at_the_end_keeps_the_checkpoint(straight, tmp_path, monkeypatch):
-    from transformers import PreTrainedModel
-
-    def full(self, folder, **kwargs):
-        (Path(folder) / "model.safetensors").write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+def test_full_disk_at_the_end_keeps_the_checkpoint(straight, tmp_path):
+    class Full(FullDisk):
+        def on_save(self, state):
+            if state.step == 6:
+                self.limit(20_000)
 
     settings = tiny.train_settings(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(PreTrainedModel, "save_pretrained", full)
-        with pytest.raises(RediError, match=r"could not be written.*No space left.*continues"):
-            train(settings)
+    try:
+        with pytest.raises(RediError, match=r"could not be written.*File too large.*continues"):
+            train(settings, [Full()])
+    finally:
+        FullDisk().limit(FullDisk.NONE)
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert not (tmp_path / "out" / "export.tmp").exists()
     train(settings)
