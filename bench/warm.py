@@ -9,7 +9,6 @@ parent never runs autograd and has one thread; torch allows both only to the chi
 import json
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 
 
@@ -50,8 +50,15 @@ class Ranks:
         prepare: Callable[[int], None] = lambda rank: None,
     ):
         """`prepare(rank)` runs in each child before the command does."""
-        environment = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
-        environment["MASTER_PORT"] = str(_free_port())
+        # As torchrun does: where ranks meet is its own, so no port is taken from under them.
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        environment = {
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self.store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+        }
         self.pids = []
         self.codes: dict[int, int] = {}  # by rank; negative: the signal that ended it
         for rank in range(world_size):
@@ -109,12 +116,6 @@ def _child(recipe: Path, environment: dict[str, str], log: Path, prepare: Callab
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code or 0)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def serve() -> None:
