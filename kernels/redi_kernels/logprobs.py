@@ -10,8 +10,8 @@ each as one opaque node with known shapes:
     weighted            3 U   logp, and the gradients of sum(weight * logp) at once
 
 Ignored tokens leave before any matmul. How many stay is data, so on a GPU each operator waits for
-the device once; nothing else here does. Out-of-range targets raise on CPU and trip a device-side
-assertion on a GPU.
+the device once, unless the caller knows it (`num_valid`); nothing else here does. Out-of-range
+targets raise on CPU and trip a device-side assertion on a GPU.
 """
 
 import importlib
@@ -57,6 +57,7 @@ def token_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    num_valid: int | None = None,
     tolerance: float = 0.0,
     backend: str | None = None,
 ) -> LogProbs:
@@ -70,13 +71,17 @@ def token_logprobs(
         softcap: c in c tanh(z / c), as in Gemma 2.
         logit_scale: factor on x @ w.T (1 / temperature).
         ignore_index: tokens with this target cost no matmul and get exactly zero gradient.
+        num_valid: how many targets are not `ignore_index`, where the host knows: then nothing waits
+            for the GPU. A wrong number raises as a wrong target does.
         tolerance: 0, exact. Nothing else is implemented yet.
         backend: None picks triton on CUDA, blocked torch ("cpu") elsewhere; "reference" is the
             textbook with full logits.
 
     Raises ValueError or TypeError for inputs that do not fit together, naming the argument.
     """
-    options = check(x_TH, w_VH, y_T, bias, softcap, logit_scale, ignore_index, tolerance, backend)
+    options = check(
+        x_TH, w_VH, y_T, bias, softcap, logit_scale, ignore_index, num_valid, tolerance, backend
+    )
     x_TH, w_VH = options.cast(x_TH, w_VH)
     if options.backend == "reference":
         head = Head(bias, softcap, logit_scale)
@@ -143,14 +148,15 @@ class Options:
     softcap: float | None
     logit_scale: float
     ignore_index: int
+    num_valid: int | None
     backend: str
     dtype: torch.dtype
 
     def cast(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.to(self.dtype) for t in tensors)
 
-    def args(self) -> tuple[float | None, float, int, str]:
-        return self.softcap, self.logit_scale, self.ignore_index, self.backend
+    def args(self) -> tuple[float | None, float, int, int | None, str]:
+        return self.softcap, self.logit_scale, self.ignore_index, self.num_valid, self.backend
 
 
 def check(
@@ -161,6 +167,7 @@ def check(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    num_valid: int | None = None,
     tolerance: float = 0.0,
     backend: str | None = None,
 ) -> Options:
@@ -188,6 +195,8 @@ def check(
         raise ValueError(f"bias must be [{len(w_VH)}], not {list(bias.shape)}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be above 0, not {softcap}")
+    if num_valid is not None and not 0 <= num_valid <= len(y_T):
+        raise ValueError(f"num_valid must be in [0, {len(y_T)}], not {num_valid}")
     if tolerance != 0:
         raise ValueError(f"tolerance={tolerance}: only 0 (exact) exists so far")
     if backend is not None and backend not in BACKENDS:
@@ -196,6 +205,7 @@ def check(
         None if softcap is None else float(softcap),
         float(logit_scale),
         ignore_index,
+        num_valid,
         backend or ("triton" if _has_kernels(x_TH) else "cpu"),
         _compute_dtype(x_TH, w_VH),
     )
@@ -322,7 +332,10 @@ def _refuse_double_backward() -> None:
 
 # ------------------------------------------------------------------------------- custom operators
 
-_HEAD = "Tensor? bias, float? softcap, float logit_scale, int ignore_index, str backend"
+_HEAD = (
+    "Tensor? bias, float? softcap, float logit_scale, int ignore_index, SymInt? num_valid, "
+    "str backend"
+)
 _NEEDS = "bool need_x, bool need_w, bool need_bias"
 
 
@@ -331,8 +344,8 @@ _NEEDS = "bool need_x, bool need_w, bool need_bias"
     mutates_args=(),
     schema=f"(Tensor x, Tensor w, Tensor y, {_HEAD}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _logprobs(x_TH, w_VH, y_T, bias, softcap, logit_scale, ignore_index, backend):
-    valid = _Valid(y_T, ignore_index, len(w_VH))
+def _logprobs(x_TH, w_VH, y_T, bias, softcap, logit_scale, ignore_index, num_valid, backend):
+    valid = _Valid(y_T, ignore_index, num_valid, len(w_VH))
     head = Head(bias, softcap, logit_scale)
     out = _load(backend).forward(valid.take(x_TH), w_VH, valid.y_N, head)
     return tuple(valid.put(v_N) for v_N in out)
@@ -346,10 +359,10 @@ def _logprobs(x_TH, w_VH, y_T, bias, softcap, logit_scale, ignore_index, backend
 )
 def _logprobs_backward(
     x_TH, w_VH, y_T, logp_T, lse_T, dlogp_T, dlse_T, bias, softcap, logit_scale, ignore_index,
-    backend, need_x, need_w, need_bias,
+    num_valid, backend, need_x, need_w, need_bias,
 ):  # fmt: skip
     needs = (need_x, need_w, need_bias)
-    valid = _Valid(y_T, ignore_index, len(w_VH))
+    valid = _Valid(y_T, ignore_index, num_valid, len(w_VH))
     head = Head(bias, softcap, logit_scale)
     per_token = (valid.take(v_T) for v_T in (logp_T, lse_T, dlogp_T, dlse_T))
     dx_NH, dw_VH, db_V = _load(backend).backward(
@@ -365,11 +378,11 @@ def _logprobs_backward(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _weighted(
-    x_TH, w_VH, y_T, weight_T, bias, softcap, logit_scale, ignore_index, backend,
+    x_TH, w_VH, y_T, weight_T, bias, softcap, logit_scale, ignore_index, num_valid, backend,
     need_x, need_w, need_bias,
 ):  # fmt: skip
     needs = (need_x, need_w, need_bias)
-    valid = _Valid(y_T, ignore_index, len(w_VH))
+    valid = _Valid(y_T, ignore_index, num_valid, len(w_VH))
     head = Head(bias, softcap, logit_scale)
     logp_N, *grads = _load(backend).weighted(
         valid.take(x_TH), w_VH, valid.y_N, valid.take(weight_T), head, needs
@@ -409,11 +422,17 @@ def _fake_gradients(x_TH, w_VH, bias, needs):
 
 
 class _Valid:
-    """The tokens that have a target, and the way back to all T. Waits for a GPU once: N is data."""
+    """The N tokens that have a target, and the way back to all T. Waits for a GPU once where N is
+    not given."""
 
-    def __init__(self, y_T: Tensor, ignore_index: int, V: int) -> None:
+    def __init__(self, y_T: Tensor, ignore_index: int, num_valid: int | None, V: int) -> None:
         self.T = len(y_T)
-        index_N = (y_T != ignore_index).nonzero()[:, 0]
+        valid_T = y_T != ignore_index
+        if num_valid is None:
+            index_N = valid_T.nonzero()[:, 0]
+        else:
+            _require(valid_T.sum() == num_valid, f"num_valid={num_valid} is not y_T's number")
+            index_N = torch.nonzero_static(valid_T, size=num_valid)[:, 0]
         self.index_N = None if len(index_N) == self.T else index_N
         self.y_N = self.take(y_T).long()
         inside = ((self.y_N >= 0) & (self.y_N < V)).all()

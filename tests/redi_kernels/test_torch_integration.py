@@ -57,7 +57,7 @@ def test_operators_obey_torch_library() -> None:
     *params, y_T = leaves()
     x_TH, w_VH, bias = (p.detach() for p in params)
     weight_T = torch.randn(T)
-    head = bias, 6.0, 1.0, -100, "cpu"
+    head = bias, 6.0, 1.0, -100, 76, "cpu"
     ops = torch.ops.redi_kernels
     torch.library.opcheck(ops.logprobs, (x_TH, w_VH, y_T, *head))
     torch.library.opcheck(ops.weighted, (x_TH, w_VH, y_T, weight_T, *head, True, True, True))
