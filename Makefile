@@ -32,9 +32,12 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# On a quiet machine: half an hour on 2 cores with all peers (pip install liger-kernel cut-cross-entropy).
 bench: $(VENV)/.dev
 	@mkdir -p runs
-	$(BIN)/python -m pytest bench -o python_files='bench_*.py' --benchmark-json runs/bench.json
+	$(BIN)/python -m pytest bench --benchmark-json runs/bench.json
+	$(BIN)/python bench/loss_table.py --tokens 2048 8192
+	$(BIN)/python bench/loss_table.py --memory --report docs/benchmarks.md
 
 # The whole trainer against TRL's, where a step's time goes, and its growth with the tokens.
 bench-trainer: $(VENV)/.dev
@@ -51,8 +54,8 @@ aot-3.6: $(VENV)/.dev
 	$(PIP) --upgrade --target $(VENV)-triton-3.6 triton==3.6.0
 	PYTHONPATH=$(VENV)-triton-3.6 $(BIN)/python bench/aot.py
 
-count: $(VENV)/.dev
-	$(BIN)/python bench/count.py --write docs/count.md
+count: $(VENV)/.dev  # ACTIVATIONS=runs/activations.pt adds a table on real states (bench/activations.py)
+	$(BIN)/python bench/count.py $(if $(ACTIVATIONS),--activations $(ACTIVATIONS)) --write docs/count.md
 
 memory: $(VENV)/.dev
 	$(BIN)/python bench/memory.py --write docs/memory.md

@@ -1,11 +1,13 @@
 """Count FLOP, bytes, exponentials and launches: our Triton kernels and the peers', in one run.
 
     python bench/count.py                          made-up activations
-    python bench/count.py --activations FILE.pt    {"x_TH", "w_VH", "y_T"}, cut to --tokens, --vocab
+    python bench/count.py --activations FILE.pt    and those of bench/activations.py, cut to
+                                                   --tokens and --vocab
 
 Everything runs in Triton's interpreter on CPU, forward and backward of a mean cross entropy, so
-sizes are small; counts of dense kernels grow with them exactly. V / H is that of Qwen2.5-1.5B, on
-which the length of Liger's chunks depends; our tiles are those of sm_90 and our slab is scaled with
+sizes are small; counts of dense kernels grow with them exactly. V / H of the made-up ones is
+that of Qwen2.5-1.5B, on which the length of Liger's chunks depends; what CCE's filter leaves out depends on
+the text, so only real states show it. Our tiles are those of sm_90 and our slab is scaled with
 T V, so that chunks and slices are as many as at full size (T = 32k, V = 152k), or as whole tiles
 allow. Exit 1 unless ours need 3 U (fused) and 4 U (primitive) FLOP within 2%, U = 2 T V H, and the
 fused path's footprint is at most half of Liger's.
@@ -33,13 +35,12 @@ from triton_cost import KernelCost, TorchCost  # noqa: E402
 HEADING = """<!-- made by bench/count.py -->
 # What the kernels cost, counted
 
-`make count`: T = {T}, H = {H}, V = {V}, bf16, {states}, forward and backward of a mean cross
-entropy in Triton's interpreter. U = 2 T V H FLOP, one logits matmul; TV is one element of the
-logits. Requested: bytes asked for by loads and stores, the load on L2. Footprint: distinct 32-byte
-sectors per launch plus inputs and outputs of torch ops, what HBM must move at least. Errors are
-relative to fp64.
+`make count`: bf16, forward and backward of a mean cross entropy in Triton's interpreter. U = 2 T
+V H FLOP, one logits matmul; TV is one element of the logits. Requested: bytes asked for by loads and
+stores, the load on L2. Footprint: distinct 32-byte sectors per launch plus inputs and outputs of
+torch ops, what HBM must move at least. Errors are relative to fp64.
 
-{table}
+{tables}
 
 Ours write d(logits) to memory once and read it twice (the slab: 6 B / TV of footprint). CCE does
 not, and its footprint is out of our reach: a tile of d(logits) feeds a tile of dX and one of dW,
@@ -115,17 +116,36 @@ def sm90_scaled(T: int, V: int) -> configs.Config:
     )
 
 
-def activations(args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if args.activations:
-        saved = torch.load(args.activations)
-        y_T = saved["y_T"]
-        keep = ((y_T >= 0) & (y_T < args.vocab)).nonzero()[: args.tokens, 0]
-        return saved["x_TH"][keep].bfloat16(), saved["w_VH"][: args.vocab].bfloat16(), y_T[keep]
+States = tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def states(args) -> list[States]:
+    """(what they are, x_TH, w_VH, y_T) of each table."""
     random = torch.Generator().manual_seed(0)
     x_TH = torch.randn(args.tokens, args.hidden, generator=random)
     w_VH = torch.randn(args.vocab, args.hidden, generator=random) * 3 * args.hidden**-0.5
     y_T = torch.randint(0, args.vocab, (args.tokens,), generator=random)
-    return x_TH.bfloat16(), w_VH.bfloat16(), y_T
+    found = [("made-up states", x_TH.bfloat16(), w_VH.bfloat16(), y_T)]
+    if args.activations:
+        saved = torch.load(args.activations)
+        y_T = saved["y_T"]
+        keep = ((y_T >= 0) & (y_T < args.vocab)).nonzero()[: args.tokens, 0]
+        x_TH, w_VH = saved["x_TH"][keep], saved["w_VH"][: args.vocab]
+        found.append((saved["source"], x_TH.bfloat16(), w_VH.bfloat16(), y_T[keep]))
+    return found
+
+
+def measure(what: str, x_TH, w_VH, y_T) -> list[Count]:
+    config = sm90_scaled(len(x_TH), len(w_VH))
+    configs.select = lambda *_: config
+    leaves = [t.double().requires_grad_() for t in (x_TH, w_VH)]
+    torch.nn.functional.cross_entropy(leaves[0] @ leaves[1].T, y_T).backward()
+    truth = [leaf.grad for leaf in leaves]
+    rows = []
+    for name, loss in {**ours(), **triton_peers.available(), "eager": eager}.items():
+        print(f"{what}: {name}", flush=True)
+        rows.append(count(name, loss, x_TH, w_VH, y_T, truth))
+    return rows
 
 
 def table(rows: list[Count]) -> str:
@@ -164,24 +184,16 @@ def main() -> int:
     args = parser.parse_args()
     interpreter.install()
     triton_peers.interpret()
-    x_TH, w_VH, y_T = activations(args)
-    T, H, V = *x_TH.shape, len(w_VH)
-    config = sm90_scaled(T, V)
-    configs.select = lambda *_: config
-
-    leaves = [t.double().requires_grad_() for t in (x_TH, w_VH)]
-    torch.nn.functional.cross_entropy(leaves[0] @ leaves[1].T, y_T).backward()
-    truth = [leaf.grad for leaf in leaves]
-    rows = []
-    for name, loss in {**ours(), **triton_peers.available(), "eager": eager}.items():
-        print(name, flush=True)
-        rows.append(count(name, loss, x_TH, w_VH, y_T, truth))
-    states = f"states of {args.activations.name}" if args.activations else "made-up hidden states"
-    text = HEADING.format(T=T, H=H, V=V, states=states, table=table(rows))
+    tables, failed = [], []
+    for what, x_TH, w_VH, y_T in states(args):
+        rows = measure(what, x_TH, w_VH, y_T)
+        T, H, V = *x_TH.shape, len(w_VH)
+        tables.append(f"T = {T}, H = {H}, V = {V}, {what}:\n\n{table(rows)}")
+        failed += failures(rows)
+    text = HEADING.format(tables="\n\n".join(tables))
     print("\n" + text)
     if args.write:
         args.write.write_text(text)
-    failed = failures(rows)
     print("\n".join(f"FAIL {line}" for line in failed))
     return bool(failed)
 

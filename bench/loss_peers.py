@@ -1,7 +1,8 @@
 """One loss, mean NLL, by every implementation that can be had: ours, plain torch, and peers.
 
 `known`: the weight of each token is known before the forward, so gradients may be made there (3 U).
-`later`: log-probs come out and their coefficients arrive in backward (4 U, or stored logits).
+`later`: log-probs come out and their coefficients arrive in backward (4 U).
+`keeps`: the same with all logits kept from forward to backward (3 U, and their memory).
 An implementation that is not installed or needs a GPU raises here, and the table says so.
 """
 
@@ -17,9 +18,8 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_TH, w_VH, y_T) -> scalar
 
 @dataclass(frozen=True)
 class Implementation:
-    kind: str  # known or later
+    kind: str  # known, later, or keeps
     make: Callable[[], Loss]
-    stores_logits: bool = False
 
 
 def ours_fused() -> Loss:
@@ -106,6 +106,6 @@ IMPLEMENTATIONS = {
     "redi_kernels, primitive": Implementation("later", ours_primitive),
     "TRL 1.16 chunked log-probs": Implementation("later", trl),
     "CCE exact (Triton)": Implementation("later", cce_triton),
-    "CCE torch_compile": Implementation("later", cce, stores_logits=True),
-    "plain torch, full logits": Implementation("later", naive, stores_logits=True),
+    "CCE torch_compile": Implementation("keeps", cce),
+    "plain torch, full logits": Implementation("keeps", naive),
 }

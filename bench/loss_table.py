@@ -1,19 +1,21 @@
-"""Time, memory and gradient error of the loss, ours and peers', in one run.
+"""Time, memory and gradient error of the loss, ours and peers', in one run: docs/benchmarks.md.
 
-    python bench/loss_table.py --tokens 2048 8192 --dtype float32 bfloat16 --json runs/loss.json
+    python bench/loss_table.py --tokens 2048 8192       time and error, to runs/loss.json
+    python bench/loss_table.py --memory                 peak memory, into the same file
+    python bench/loss_table.py --report docs/benchmarks.md
 
 Times are ratios to the yardstick of the same round, the bare logits matmul in blocks that stay in
-cache (U = 2 T V H FLOP): median, and the 20th and 80th percentile over rounds. An exact log-prob
-with both gradients needs 3 U when the weights are known, 4 U (or all logits kept) when not. Extra
-memory is a fresh process's peak beyond inputs, gradients and one fp32 [V, H] accumulator.
-Errors are against fp64: the RMS of dX and dW, and of dX summed over tokens (coherent bias).
+cache (U = 2 T V H FLOP): median, and the 20th and 80th percentile over rounds; what takes more than
+SLOW of them has one round. An exact log-prob with both gradients needs 3 U when the weights are
+known, 4 U (or all logits kept) when not. Memory is a fresh process's peak beyond inputs, gradients
+and one fp32 [V, H] accumulator; it can be measured on a busy machine, the time cannot. Errors are
+against fp64: the RMS of dX and dW, and of dX summed over tokens (coherent bias).
 Hidden states come from runs/activations.pt where bench/activations.py has made it, else random.
 """
 
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,13 +26,15 @@ import torch
 from loss_peers import IMPLEMENTATIONS, Loss
 from torch import Tensor
 
-ACTIVATIONS = Path("runs/activations.pt")
+SLOW = 8.0
 YARDSTICK_BLOCK = (256, 512)
 
 
-def load(tokens: int, dtype: torch.dtype, vocab: int | None) -> tuple[Tensor, Tensor, Tensor, str]:
-    if ACTIVATIONS.is_file() and vocab is None:
-        made = torch.load(ACTIVATIONS)
+def load(
+    tokens: int, dtype: torch.dtype, activations: Path, vocab: int | None
+) -> tuple[Tensor, Tensor, Tensor, str]:
+    if activations.is_file() and vocab is None:
+        made = torch.load(activations)
         times = -(-tokens // len(made["y_T"]))  # states repeat when too few were collected
         x_TH, y_T = made["x_TH"].repeat(times, 1)[:tokens], made["y_T"].repeat(times)[:tokens]
         return x_TH.to(dtype), made["w_VH"].to(dtype), y_T, made["source"]
@@ -55,12 +59,6 @@ def step(loss: Loss, x_TH: Tensor, w_VH: Tensor, y_T: Tensor) -> tuple[Tensor, T
     return x.grad, w.grad
 
 
-def timed(clock, function, *args) -> float:
-    start = clock()
-    function(*args)
-    return clock() - start
-
-
 def truth(x_TH: Tensor, w_VH: Tensor, y_T: Tensor) -> tuple[Tensor, Tensor]:
     """Blocked fp64; the tests hold this path to the textbook."""
     return step(IMPLEMENTATIONS["redi_kernels, fused"].make(), x_TH.double(), w_VH.double(), y_T)
@@ -76,23 +74,33 @@ def compare(got: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> dict[st
     }
 
 
-def peak_memory(name: str, args: argparse.Namespace, tokens: int, dtype: str) -> float | None:
-    """MiB, in a process that does one step of this implementation and nothing else."""
-    command = [sys.executable, __file__, "--tokens", str(tokens), "--dtype", dtype, "--peak", name]
-    command += ["--vocab", str(args.vocab)] if args.vocab else []
-    result = subprocess.run(command, capture_output=True, text=True)
-    return json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else None
+def fill_memory(results: list[dict]) -> None:
+    """Adds `extra_mib` to every row."""
+    for result in results:
+        shape = result["shape"]
+        states = ["--activations", shape["activations"]]
+        states += ["--vocab", str(shape["V"])] if shape["random"] else []
+        for name, row in result["rows"].items():
+            row["extra_mib"] = peak_mib(name, shape["T"], shape["dtype"], states)
+            print(f"{shape['T']} {shape['dtype']} {name}: {row['extra_mib']} MiB", flush=True)
 
 
-def print_peak(name: str, tokens: int, dtype: torch.dtype, vocab: int | None) -> None:
-    x_TH, w_VH, y_T, _ = load(tokens, dtype, vocab)
+def peak_mib(name: str, tokens: int, dtype: str, states: list[str]) -> float | None:
+    """Of a fresh process that does one step of this implementation; None where it fails."""
+    command = [sys.executable, __file__, "--peak", name, "--dtype", dtype, "--tokens", str(tokens)]
+    done = subprocess.run([*command, *states], capture_output=True, text=True)
+    return json.loads(done.stdout) if done.returncode == 0 else None
+
+
+def print_peak(name: str, x_TH: Tensor, w_VH: Tensor, y_T: Tensor) -> None:
+    """MiB of one step of this implementation, in this process, which has done nothing else."""
     loss = IMPLEMENTATIONS[name].make()
     step(loss, x_TH[:64], w_VH[:64], y_T[:64] % 64)  # imports, threads, workspaces
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at the present size
     before = resident("VmRSS")
     grads = step(loss, x_TH, w_VH, y_T)
     extra = resident("VmHWM") - before - sum(g.nbytes for g in grads)
-    accumulator = 0 if dtype == torch.float32 else 4 * w_VH.numel()
+    accumulator = 0 if x_TH.dtype == torch.float32 else 4 * w_VH.numel()
     print(round((extra - accumulator) / 2**20, 1))
 
 
@@ -104,8 +112,7 @@ def resident(field: str) -> int:
 
 
 def measure(args: argparse.Namespace, tokens: int, dtype_name: str) -> dict:
-    dtype = getattr(torch, dtype_name)
-    x_TH, w_VH, y_T, source = load(tokens, dtype, args.vocab)
+    x_TH, w_VH, y_T, source = load(tokens, getattr(torch, dtype_name), args.activations, args.vocab)
     losses, absent = {}, {}
     for name, implementation in IMPLEMENTATIONS.items():
         if not any(part in name for part in args.only):
@@ -117,36 +124,32 @@ def measure(args: argparse.Namespace, tokens: int, dtype_name: str) -> dict:
             losses.pop(name, None)
             absent[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     clock = time.process_time if args.cpu_time else time.perf_counter
-    seconds = {name: [] for name in ("yardstick", *losses)}
+    yard: list[float] = []
+    rows: dict[str, dict] = {}
     exact = truth(x_TH, w_VH, y_T)
-    errors = {}
     for _ in range(args.rounds):  # every implementation in every round, beside its yardstick
-        seconds["yardstick"].append(timed(clock, yardstick, x_TH, w_VH))
+        start = clock()
+        yardstick(x_TH, w_VH)
+        yard.append(clock() - start)
         for name, loss in losses.items():
+            if name in rows and rows[name]["ratios"][0] > SLOW:
+                continue
             start = clock()
             grads = step(loss, x_TH, w_VH, y_T)
-            seconds[name].append(clock() - start)
-            if name not in errors:
-                errors[name] = compare(grads, exact)
-    rows = {}
-    for name in losses:
-        ratios = [a / b for a, b in zip(seconds[name], seconds["yardstick"], strict=True)]
-        rows[name] = {
-            "kind": IMPLEMENTATIONS[name].kind,
-            "ratio": quantiles(ratios),
-            "seconds": seconds[name],
-            "extra_mib": peak_memory(name, args, tokens, dtype_name),
-            **errors[name],
-        }
+            ratio = (clock() - start) / yard[-1]
+            if name not in rows:
+                kind = IMPLEMENTATIONS[name].kind
+                rows[name] = {"kind": kind, "ratios": [], **compare(grads, exact)}
+            rows[name]["ratios"].append(ratio)
     V, H = w_VH.shape
-    yard = statistics.median(seconds["yardstick"])
     return {
-        "shape": {"T": tokens, "V": V, "H": H, "dtype": dtype_name, "states": source},
-        "yardstick_s": yard,
-        "gflops": 2 * tokens * V * H / yard / 1e9,
+        "shape": {"T": tokens, "V": V, "H": H, "dtype": dtype_name, "states": source,
+                  "activations": str(args.activations), "random": "random" in source},
+        "yardstick_s": statistics.median(yard),
+        "gflops": 2 * tokens * V * H / statistics.median(yard) / 1e9,
         "rows": rows,
         "absent": absent,
-    }
+    }  # fmt: skip
 
 
 def quantiles(values: list[float]) -> list[float]:
@@ -158,50 +161,89 @@ def quantiles(values: list[float]) -> list[float]:
 def table(result: dict) -> str:
     shape = result["shape"]
     lines = [
-        f"T={shape['T']} V={shape['V']} H={shape['H']} {shape['dtype']}, {shape['states']}; "
-        f"1 U = {result['yardstick_s']:.2f} s = {result['gflops']:.0f} GFLOP/s",
+        f"T = {shape['T']:,}, V = {shape['V']:,}, H = {shape['H']}, {shape['dtype']}, "
+        f"{shape['states']}; 1 U = {result['yardstick_s']:.2f} s = {result['gflops']:.0f} GFLOP/s",
         "",
-        "| | weights | time / U | 20..80% | extra MiB | dX rms | dW rms | coherent bias |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| | weights | time / U | 20..80% | rounds | extra MiB | dX rms | dW rms | bias |",
+        "| :--- | :--- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, row in result["rows"].items():
-        low, mid, high = row["ratio"]
-        extra = "-" if row["extra_mib"] is None else f"{row['extra_mib']:.0f}"
+        low, mid, high = quantiles(row["ratios"])
+        extra = "-" if row.get("extra_mib") is None else f"{row['extra_mib']:,.0f}"
         errors = " | ".join(f"{row[k]:.1e}" for k in ("dx_rms", "dw_rms", "bias"))
-        spread = f"{low:.2f}..{high:.2f}"
-        lines.append(f"| {name} | {row['kind']} | {mid:.2f} | {spread} | {extra} | {errors} |")
-    lines += [f"| {name} | - | {why} | | | | | |" for name, why in result["absent"].items()]
+        spread = f"{low:.2f}..{high:.2f}" if len(row["ratios"]) > 1 else ""
+        label = f"**{name}**" if "redi_kernels" in name else name
+        lines.append(
+            f"| {label} | {row['kind']} | {mid:.2f} | {spread} | {len(row['ratios'])} | {extra} "
+            f"| {errors} |"
+        )
+    lines += [f"| {name} | | {why} | | | | | | |" for name, why in result["absent"].items()]
     return "\n".join(lines) + "\n"
+
+
+HEADING = """<!-- made by bench/loss_table.py --report -->
+# The loss on a CPU, ours and peers'
+
+Mean NLL of real hidden states, forward and backward, all in every round. {machine}.
+
+- **time / U**: U is the bare logits matmul, 2 T V H FLOP in cache-sized blocks, in the same round.
+  The limits are 3 where weights are known before the forward and 4 where they come later, 3 again
+  for those that keep all logits ("keeps").
+- **extra MiB**: a fresh process's peak beyond inputs, gradients and one fp32 [V, H] accumulator.
+- **dX, dW, bias**: errors against fp64 from the same rounded inputs; bias is the error of dX summed
+  over tokens.
+
+`python bench/activations.py MODEL DATA.jsonl` makes the states; `make bench` makes this page.
+"""
+
+
+def report(content: dict) -> str:
+    m = content["machine"]
+    clock = "Processor time" if m["clock"] == "cpu" else "Wall time"
+    machine = f"{clock}, {m['threads']} threads on {m['cores']} cores, torch {m['torch']}"
+    return "\n".join([HEADING.format(machine=machine), *map(table, content["results"])])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--activations", type=Path, default=Path("runs/activations.pt"))
     parser.add_argument("--vocab", type=int, help="random states with this vocabulary")
     parser.add_argument("--only", nargs="+", default=[""], help="parts of implementations' names")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cpu-time", action="store_true", help="for a machine that others use too")
     parser.add_argument("--json", type=Path, default=Path("runs/loss.json"))
+    parser.add_argument("--append", action="store_true", help="add to what the JSON file holds")
+    parser.add_argument("--memory", action="store_true", help="fill in the JSON file's memory")
+    parser.add_argument("--report", type=Path, help="write the JSON file's tables as Markdown")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
-        print_peak(args.peak, args.tokens[0], getattr(torch, args.dtype[0]), args.vocab)
+        dtype = getattr(torch, args.dtype[0])
+        print_peak(args.peak, *load(args.tokens[0], dtype, args.activations, args.vocab)[:3])
         return
-    results = []
-    for tokens in args.tokens:
-        for dtype in args.dtype:
-            results.append(measure(args, tokens, dtype))
-            print(table(results[-1]), flush=True)
+    if args.memory or args.report:
+        content = json.loads(args.json.read_text())
+        if args.memory:
+            fill_memory(content["results"])
+            args.json.write_text(json.dumps(content, indent=1))
+        if args.report:
+            args.report.write_text(report(content))
+        return
     machine = {
-        "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "clock": "cpu" if args.cpu_time else "wall",
     }
+    results = json.loads(args.json.read_text())["results"] if args.append else []
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+    for tokens in args.tokens:
+        for dtype_name in args.dtype:
+            results.append(measure(args, tokens, dtype_name))
+            print(table(results[-1]), flush=True)
+            args.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
 
 
 if __name__ == "__main__":
