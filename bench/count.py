@@ -5,10 +5,10 @@
                                                    --tokens and --vocab
 
 Everything runs in Triton's interpreter on CPU, forward and backward of a mean cross entropy, so
-sizes are small; counts of dense kernels grow with them exactly. V / H of the made-up ones is
-that of Qwen2.5-1.5B, on which the length of Liger's chunks depends; what CCE's filter leaves out depends on
-the text, so only real states show it. Our tiles are those of sm_90 and our slab is scaled with
-T V, so that chunks and slices are as many as at full size (T = 32k, V = 152k), or as whole tiles
+sizes are small; counts of dense kernels grow with them exactly. V / H of the made-up ones is that
+of Qwen2.5-1.5B, on which the length of Liger's chunks depends; what CCE's filter leaves out depends
+on the text, so only real states show it. Our tiles are those of sm_90 and our slab is scaled with T
+V, so that chunks and slices are as many as at full size (T = 32k, V = 152k), or as whole tiles
 allow. Exit 1 unless ours need 3 U (fused) and 4 U (primitive) FLOP within 2%, U = 2 T V H, and the
 fused path's footprint is at most half of Liger's.
 """
@@ -35,8 +35,8 @@ from triton_cost import KernelCost, TorchCost  # noqa: E402
 HEADING = """<!-- made by bench/count.py -->
 # What the kernels cost, counted
 
-`make count`: bf16, forward and backward of a mean cross entropy in Triton's interpreter. U = 2 T
-V H FLOP, one logits matmul; TV is one element of the logits. Requested: bytes asked for by loads and
+`make count`: bf16, forward and backward of a mean cross entropy in Triton's interpreter. U = 2 T V
+H FLOP, one logits matmul; TV is one element of the logits. Requested: bytes asked for by loads and
 stores, the load on L2. Footprint: distinct 32-byte sectors per launch plus inputs and outputs of
 torch ops, what HBM must move at least. Errors are relative to fp64.
 

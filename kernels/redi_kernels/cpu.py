@@ -1,9 +1,11 @@
 """Blocked torch: the path for CPUs, and the fallback on any device that has no kernel of its own.
 
-A block of B tokens gets its logits from one matmul into a [V, B] buffer, one token a column. Groups
-of R vocabulary rows, small enough for the cache, then go through everything that is not a matmul,
-twice: once for max, sum and target (online, as a maximum may come late), once to turn the logits
-into their gradient in place. Two matmuls finish the block: dX = G' W and dW += G X.
+A block of B tokens gets its logits into a [V, B] buffer, one token a column. Groups of R vocabulary
+rows, small enough for the cache, go through everything that is not a matmul, twice: once for max,
+sum and target (online, as a maximum may come late), once to turn the logits into their gradient in
+place. Two matmuls finish the block: dX = G' W and dW += G X. The logits are made a tile of rows at
+a time, so that the first pass finds them in the cache; where no gradient follows, one tile's buffer
+is all there is.
 
     forward  1 U (U = 2 N V H, one logits matmul)      weighted  3 U      backward  3 U
 
@@ -26,6 +28,7 @@ from redi_kernels.head import Head, accumulator
 
 BUFFER_BYTES = 48 << 20  # of the [V, B] buffer: new memory stays within 64 MiB
 BLOCK_TOKENS = (16, 1024)  # fewer starve the matmul, more would only pad small problems
+TILE_BYTES = 4 << 20  # of a tile of rows; two cores' share of an L3
 GROUP_BYTES = 1 << 20  # of a group of rows in the accumulator's dtype: about one core's L2
 LOG2_E = math.log2(math.e)
 DW_ROWS = 2048  # vocabulary rows per matmul where its result is narrower than dW's accumulator
@@ -40,8 +43,8 @@ def forward(
     y_P = blocks.pad(y_N)
     logp_P, lse_P, entropy_P = (torch.empty_like(y_P, dtype=blocks.acc) for _ in range(3))
     correct_P = torch.empty_like(y_P, dtype=torch.bool)
-    for t, _, z_VB in blocks:
-        stats = blocks.statistics(z_VB, y_P[t], entropy=True)
+    for t, _, x_BH in blocks:
+        stats = blocks.statistics(blocks.logits(x_BH), y_P[t], entropy=True)
         logp_P[t] = stats.logp_B
         lse_P[t] = stats.max_B + stats.sum_B.log()
         entropy_P[t] = stats.sum_B.log() - stats.moment_B / stats.sum_B
@@ -63,8 +66,9 @@ def weighted(
     grads = _Gradients(x_NH, blocks, needs)
     y_P, weight_P = blocks.pad(y_N), blocks.pad(weight_N.to(blocks.acc))
     logp_P = torch.empty_like(weight_P)
-    for t, x_nH, z_VB in blocks:
-        stats = blocks.statistics(z_VB, y_P[t])
+    z_VB = blocks.buffer(len(w_VH))
+    for t, x_nH, x_BH in blocks:
+        stats = blocks.statistics(blocks.logits(x_BH, z_VB), y_P[t])
         logp_P[t] = stats.logp_B
         if any(needs):
             # weight (onehot - p); the target's 1 - p from its log-prob, before any rounding
@@ -92,7 +96,9 @@ def backward(
     # d logp / dz = onehot - p and d lse / dz = p: a factor of p, and the target's own column
     other_N = dlse_N - dlogp_N
     target_N = dlse_N * logp_N.exp() - dlogp_N * logp_N.expm1()
-    for t, x_nH, z_VB in blocks:
+    z_VB = blocks.buffer(len(w_VH))
+    for t, x_nH, x_BH in blocks:
+        torch.mm(w_VH, x_BH.T, out=z_VB)
         r = slice(t.start, t.start + len(x_nH))
         # a large lse is rounded coarsely, and p = exp(z - lse) with it; target - logp is not
         z_1n = z_VB[:, : len(x_nH)].gather(0, y_N[r][None])
@@ -121,8 +127,7 @@ class _Statistics:
 
 
 class _Blocks:
-    """Iterates over (t, x_nH, z_VB): the slice of padded tokens, those that are real, and the
-    matmul of all B."""
+    """Iterates over (t, x_nH, x_BH): the slice of padded tokens, those that are real, and all B."""
 
     def __init__(self, x_NH: Tensor, w_VH: Tensor, head: Head) -> None:
         self.x_NH, self.w_VH, self.head = x_NH, w_VH, head
@@ -131,18 +136,31 @@ class _Blocks:
         V = len(w_VH)
         self.B = _power_of_two(BUFFER_BYTES // (V * x_NH.element_size()), *BLOCK_TOKENS)
         self.R = min(_power_of_two(GROUP_BYTES // (self.B * self.acc.itemsize), 1, 1 << 20), V)
+        self.tile = _power_of_two(TILE_BYTES // (self.B * x_NH.element_size()), 1, 1 << 20)
         self.scratch_RB = x_NH.new_empty(self.R, self.B, dtype=self.acc)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        z_VB = self.x_NH.new_empty(len(self.w_VH), self.B)
         for start in range(0, len(self.x_NH), self.B):
             x_nH = self.x_NH[start : start + self.B]
             x_BH = F.pad(x_nH, (0, 0, 0, self.B - len(x_nH)))
-            torch.mm(self.w_VH, x_BH.T, out=z_VB)
-            yield slice(start, start + self.B), x_nH, z_VB
+            yield slice(start, start + self.B), x_nH, x_BH
+
+    def buffer(self, rows: int) -> Tensor:
+        return self.x_NH.new_empty(rows, self.B)
+
+    def logits(self, x_BH: Tensor, z_VB: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Groups as they are made, into `z_VB` where that is given."""
+        w_VH, V = self.w_VH, len(self.w_VH)
+        z_tB = self.buffer(min(self.tile, V)) if z_VB is None else z_VB
+        for v in range(0, V, self.tile):
+            rows = slice(v, min(v + self.tile, V))
+            z = z_tB[: rows.stop - v] if z_VB is None else z_VB[rows]
+            torch.mm(w_VH[rows], x_BH.T, out=z)
+            for r, z_RB in self.groups(z):
+                yield slice(v + r.start, v + r.stop), z_RB
 
     def groups(self, z_VB: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """(rows of the vocabulary, their logits) of R rows at a time."""
+        """(rows of the vocabulary, their logits), R rows at a time."""
         for v in range(0, len(z_VB), self.R):
             rows = slice(v, min(v + self.R, len(z_VB)))
             yield rows, z_VB[rows]
@@ -164,7 +182,9 @@ class _Blocks:
             out_RB.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
         return out_RB
 
-    def statistics(self, z_VB: Tensor, y_B: Tensor, *, entropy: bool = False) -> _Statistics:
+    def statistics(
+        self, groups: Iterator[tuple[slice, Tensor]], y_B: Tensor, *, entropy: bool = False
+    ) -> _Statistics:
         """In one pass over the logits, which stay as they are.
 
         torch.softmax would be quicker, but on CPU its rows sum to 1 within 2e-5 only: a bias.
@@ -172,7 +192,7 @@ class _Blocks:
         lowest = torch.finfo(self.acc).min  # not -inf, which a masked token may have: -inf - -inf
         max_B = torch.full_like(y_B, lowest, dtype=self.acc)
         sum_B, target_B, moment_B = (torch.zeros_like(max_B) for _ in range(3))
-        for rows, z_RB in self.groups(z_VB):
+        for rows, z_RB in groups:
             f_RB = self.shaped(z_RB, self.scratch_RB[: len(z_RB)], rows)
             here_B, row_1B = _targets(y_B, rows)
             target_B = torch.where(here_B, f_RB.gather(0, row_1B)[0], target_B)

@@ -15,6 +15,7 @@ def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 128 tokens and groups of a few rows, as a real vocabulary has."""
     monkeypatch.setattr(cpu, "BLOCK_TOKENS", (16, 128))
     monkeypatch.setattr(cpu, "GROUP_BYTES", 1 << 16)
+    monkeypatch.setattr(cpu, "TILE_BYTES", 1 << 18)
 
 
 def logps(problem: Problem, rows: slice | torch.Tensor) -> torch.Tensor:
