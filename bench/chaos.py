@@ -41,12 +41,12 @@ from warm import Ranks, warm_up
 
 from redi import checkpoint, distributed
 from redi.data.arithmetic import write_tokenizer
+from redi.monitor import timeless
 
 STEPS, LIMIT = 12, 60.0  # steps of a run; seconds until a run counts as hung
 KILLS_A_RUN = 10
 STARTING, RESUMING, STEPPING, SAVING, EXPORTING, ENDED = range(6)
 PHASES = ("starting", "resuming", "between saves", "in a save", "exporting", "ended")
-TIMING = ("tokens_per_second", "time")
 ALONE = distributed.Ranks(0, 1, torch.device("cpu"))
 
 
@@ -212,7 +212,7 @@ class Campaign:
     def outcome(self) -> tuple[Any, ...]:
         """What must come out equal: metrics, exported weights, the last checkpoint's tensors."""
         lines = (self.output / "metrics.jsonl").read_text().splitlines()
-        rows = [{k: v for k, v in json.loads(x).items() if k not in TIMING} for x in lines]
+        rows = [timeless(json.loads(x)) for x in lines]
         tensors = sorted(self.output.glob(f"checkpoint-{STEPS}/*.safetensors"))
         bits = hashlib.sha256()
         for file in [self.output / "model.safetensors", *tensors]:

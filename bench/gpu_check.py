@@ -4,7 +4,8 @@
     python bench/gpu_check.py --rehearse        tiny, in the interpreter on CPU; writes nothing
 
 Needs torch >= 2.8 and triton >= 3.4, no network. Peers (CCE, Liger, TRL, torch's own) join if they
-are installed. Exit 1 if a gradient is further from fp64 than a dense implementation allows.
+are installed. The trainer's part is bench/gpu_check_trainer.py. Exit 1 if a gradient is further
+from fp64 than a dense implementation allows, or a check of the trainer fails.
 """
 
 import argparse
@@ -21,8 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 REHEARSAL = "--rehearse" in sys.argv
 if REHEARSAL and os.environ.get("TRITON_INTERPRET") != "1":  # chosen when triton is imported
     os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"TRITON_INTERPRET": "1"})
-sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "tests/tools")]
+sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "tests/tools"), str(ROOT / "bench")]
 
+import gpu_check_trainer  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from redi_kernels import sft_loss, token_logprobs  # noqa: E402
@@ -281,7 +283,8 @@ def main() -> int:
                 if name.startswith("ours"):
                     raise
                 print(f"{name} at {shape}: {type(error).__name__}: {error}")
-    text = markdown(checks, speeds, rates)
+    trainer, trains = gpu_check_trainer.check(REHEARSAL)
+    text = markdown(checks, speeds, rates) + trainer
     print(text)
     if not REHEARSAL:
         args.output.mkdir(exist_ok=True)
@@ -289,7 +292,7 @@ def main() -> int:
         figures = {"machine": machine(), "checks": [asdict(c) for c in checks]}
         figures["speed"] = [asdict(s) for s in speeds]
         (args.output / "gpu.json").write_text(json.dumps(figures, indent=1))
-    return not all(c.passed for c in checks)
+    return not (trains and all(c.passed for c in checks))
 
 
 if __name__ == "__main__":

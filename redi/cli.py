@@ -2,6 +2,7 @@
 
     redi run recipes/demo.yaml              everything: data, SFT, arms, evaluation, table, curves
     redi data build --path raw.jsonl --output_dir data
+    redi plan recipe.yaml --gpus 8 --gpu-memory 80
     redi train --config recipe.yaml --learning_rate 2e-6
     redi eval --model runs/sft --dataset_name test.jsonl --output_dir runs/sft/eval
 
@@ -47,7 +48,7 @@ def train(
     context: typer.Context,
     config: ConfigFile = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="check and show the plan only")
+        bool, typer.Option("--dry-run", help="check and show the plan (redi plan) only")
     ] = False,
 ) -> None:
     """One training stage, SFT or REDI; continues where it was interrupted."""
@@ -64,6 +65,26 @@ def train(
     distributed.teardown()  # not after an error: it would wait for ranks that have ended
     if os.environ.get("RANK", "0") == "0":
         print(f"model: {result.output_dir} ({result.steps} steps)")
+
+
+@app.command(context_settings=FIELDS)
+def plan(
+    context: typer.Context,
+    recipe: Path,
+    gpus: Annotated[int, typer.Option("--gpus", min=0, help="0: a CPU")] = 8,
+    gpu_memory: Annotated[
+        float, typer.Option("--gpu-memory", "--gpu_memory", help="GB of each")
+    ] = 80,
+    gpu: Annotated[str, typer.Option("--gpu", help="which, for the time")] = "A100",
+    mean_length: Annotated[
+        int | None, typer.Option("--mean-length", "--mean_length", help="tokens of a mean trace")
+    ] = None,
+) -> None:
+    """What a training recipe needs and takes: memory per GPU, steps, hours; trains nothing."""
+    from redi.plan import describe
+
+    settings = load_config(TrainConfig, recipe, _overrides(context.args))
+    print(describe(settings, gpus=gpus, gpu_memory=gpu_memory, gpu=gpu, mean_length=mean_length))
 
 
 @app.command("eval", context_settings=FIELDS)

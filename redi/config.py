@@ -177,8 +177,19 @@ class TrainConfig(Strict):
         "its examples are named and saved either way",
     )
     seed: int = 42
-    # logging and saving
+    # watching
     logging_steps: int = Field(1, ge=1)
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = Field(
+        "none", description="besides metrics.jsonl"
+    )
+    eval_dataset_name: str | None = Field(
+        None, description="held-out rows in the shape of dataset_name"
+    )
+    eval_steps: int = Field(200, ge=1, description="and at the end")
+    collapse_guard: Literal["off", "warn", "stop"] = Field(
+        "warn", description="when the model loses what it knew: say so / save and stop"
+    )
+    # saving
     save_steps: int = Field(200, ge=1)
     save_total_limit: int = Field(2, ge=1)
     resume_from_checkpoint: bool | str = Field(

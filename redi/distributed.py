@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
@@ -94,6 +94,13 @@ def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, *, bf16: bool
     for block in blocks:
         fully_shard(block, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
+
+
+def reshard(model: nn.Module) -> None:
+    """After a forward without backward: the outermost group would stay gathered, hide its shards'
+    gradients from clipping, and miss the optimizer's step."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, list[int]]:

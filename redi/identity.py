@@ -23,6 +23,7 @@ FREE = {
     "output_dir", "logging_steps", "save_steps", "save_total_limit", "resume_from_checkpoint",
     "max_tokens_per_batch", "gradient_checkpointing", "use_liger_kernel", "torch_compile",
     "expected_examples", "nonfinite",
+    "report_to", "eval_dataset_name", "eval_steps", "collapse_guard",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Seeing a run: metrics.jsonl, a live line of progress, and the callbacks both are made of.
+"""Seeing a run: metrics.jsonl, and the callbacks that it and the screen are made of.
 
 A callback is any object with some of the methods of `Callback` (Hugging Face's names). `redi.train`
 calls them on the main rank only.
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from redi.files import write_text
 
@@ -33,6 +33,7 @@ class Callback:
     def on_train_begin(self, state: TrainState) -> None: ...
     def on_log(self, state: TrainState, logs: dict[str, float]) -> None: ...
     def on_step_end(self, state: TrainState) -> None: ...
+    def on_evaluate(self, state: TrainState, metrics: dict[str, float]) -> None: ...
     def on_save(self, state: TrainState) -> None: ...
     def on_train_end(self, state: TrainState) -> None: ...
 
@@ -83,69 +84,10 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-class Progress(Callback):
-    """A live bar on a terminal; elsewhere a plain line now and then (at most one every 10 s)."""
-
-    COLUMNS = (
-        ("loss", "loss", "{:.4f}"),
-        ("logps/chosen", "chosen", "{:.3f}"),
-        ("logps/rejected", "rejected", "{:.3f}"),
-        ("grad_norm", "grad", "{:.2f}"),
-        ("tokens_per_second", "tok/s", "{:,.0f}"),
-        ("skipped_steps", "skipped", "{:.0f}"),
-    )
-
-    def __init__(self, stream: TextIO | None = None, every: float = 10.0):
-        self.stream, self.every = stream or sys.stderr, every
-        self.bar: Any = None
-        self.task: Any = None
-        self.printed = self.started = 0.0
-        self.first_step = 0
-
-    def on_train_begin(self, state: TrainState) -> None:
-        self.started, self.first_step = time.monotonic(), state.step
-        self.printed = self.started - self.every  # the first step is always worth a line
-        if self.stream.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-            from rich.progress import TimeRemainingColumn as Remaining
-
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(None),
-                MofNCompleteColumn(),
-                Remaining(),
-                TextColumn("{task.fields[logs]}"),
-                console=Console(file=self.stream),
-            )
-            self.bar.start()
-            self.task = self.bar.add_task(
-                state.name, total=state.total_steps, completed=state.step, logs=""
-            )
-
-    def on_log(self, state: TrainState, logs: dict[str, float]) -> None:
-        text = "  ".join(
-            f"{label} {form.format(logs[key])}" for key, label, form in self.COLUMNS if key in logs
-        )
-        if self.bar is not None:
-            self.bar.update(self.task, completed=state.step, logs=text)
-            return
-        now = time.monotonic()
-        if now - self.printed >= self.every or state.step == state.total_steps:
-            self.printed = now
-            left = (now - self.started) / (state.step - self.first_step)
-            left *= state.total_steps - state.step
-            head = f"{state.name}  step {state.step}/{state.total_steps}  "
-            print(head + f"{text}  ETA {_clock(left)}", file=self.stream, flush=True)
-
-    def on_train_end(self, state: TrainState) -> None:
-        if self.bar is not None:
-            self.bar.update(self.task, completed=state.step)
-            self.bar.stop()
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def timeless(row: dict[str, float]) -> dict[str, float]:
+    """What two runs of the same recipe have in common: a row without clocks and memory."""
+    clocks = ("time", "tokens_per_second", "mfu", "memory/")
+    return {key: value for key, value in row.items() if not key.startswith(clocks)}
 
 
 def ticker(label: str, every: float = 10.0) -> Callable[[int], None]:
@@ -161,7 +103,5 @@ def ticker(label: str, every: float = 10.0) -> Callable[[int], None]:
     return tick
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

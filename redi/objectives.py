@@ -40,6 +40,7 @@ class PackLoss:
     loss: Tensor  # scalar, float32
     logps_S: Tensor  # summed over each trace's trained tokens
     lengths_S: Tensor
+    logp_T: Tensor  # of each token, 0 where it is not trained
 
 
 Objective = Callable[[StepCounts, Tensor, Tensor, Pack, dict[str, Any]], PackLoss]
@@ -53,7 +54,7 @@ def sft(counts: StepCounts, x_TH: Tensor, w_VH: Tensor, pack: Pack, options: dic
         x_TH, w_VH, pack.targets_T, pack.cu_seqlens, num_tokens=counts.num_tokens, **options
     )
     assert out.logps_S is not None and out.lengths_S is not None  # cu_seqlens was given
-    return PackLoss(out.loss, out.logps_S, out.lengths_S)
+    return PackLoss(out.loss, out.logps_S, out.lengths_S, out.logp_T)
 
 
 def redi(alpha: float) -> Objective:
@@ -79,7 +80,7 @@ def redi(alpha: float) -> Objective:
             num_rejected=max(counts.num_rejected, 1),
             **options,
         )
-        return PackLoss(out.loss, out.logps_S, out.lengths_S)
+        return PackLoss(out.loss, out.logps_S, out.lengths_S, out.logp_T)
 
     return objective
 

@@ -1,38 +1,176 @@
-"""What a training recipe will do, before it does it: `redi train --dry-run`.
+"""What a recipe will need and take, before it does: `redi plan`, `redi train --dry-run`.
 
-Builds the model on the meta device (shapes, no memory, no weights), so that a recipe for eight GPUs
-can be checked on a laptop, offline if it embeds `architecture` and `expected_examples`.
+Memory is counted on shapes (redi/rehearsal.py) and added to what FSDP2 and AdamW hold; time is
+modelled. So a recipe for eight GPUs can be checked on a laptop, offline if it embeds `architecture`
+and `expected_examples`. docs/scaling.md has the formulas and how far they were checked.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from redi.config import TrainConfig
 from redi.errors import RediError
+from redi.meter import PEAK_FLOPS, model_flops
+from redi.model import PackedLM, load_model, load_model_config
+from redi.rehearsal import Bytes, rehearse
+from redi.schedule import Schedule
+
+GIB = 2**30
+ASSUMED_MFU = {"none": 0.40, "full": 0.30, "offload": 0.28}  # recomputing is a quarter of the work
+CUDA_CONTEXT = 0.8 * GIB  # driver, cuBLAS and NCCL
+FRAGMENTATION = 1.05  # what the allocator holds over what is in use
+GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-def describe(config: TrainConfig) -> str:
-    """Parameters, steps and schedule as text. Raises RediError when the recipe does not say
-    enough."""
-    from redi.model import load_model
-    from redi.schedule import Schedule
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per GPU at the peak of a step."""
 
-    model = load_model(config, device="meta")
-    num_parameters = sum(p.numel() for p in model.parameters())  # tied weights count once
+    weights: float  # float32, this GPU's shard
+    gradients: float
+    optimizer: float
+    gathered: float  # weights in use and gradients on their way to their shards
+    activations: float  # with the loss, when the sum is largest
+    loss: float  # of them, while the loss runs
+
+    @property
+    def state(self) -> float:
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def peak(self) -> float:
+        """As torch.cuda.max_memory_allocated counts it."""
+        return self.state + self.gathered + self.activations
+
+    @property
+    def needed(self) -> float:
+        return self.peak * FRAGMENTATION + CUDA_CONTEXT
+
+
+class Planner:
+    """Plans of one recipe and its variations; models and activations are measured once."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.model = load_model(config, device="meta")
+        self.model_config = load_model_config(config)
+        self.rehearsed: dict[tuple[int, str], Bytes] = {}
+
+    def memory(self, gpus: int, config: TrainConfig | None = None) -> Memory:
+        """Per GPU with FSDP2 over `gpus`; `gpus=0`: one CPU process."""
+        config = config or self.config
+        checkpointing = config.gradient_checkpointing
+        sizes, ranks = Sizes.of(self.model), max(gpus, 1)
+        activations = self.activations(config, checkpointing, cuda=gpus > 0)
+        each = 4 * sizes.all / ranks
+        gathered = 0.0
+        if gpus:
+            wide = 4 if config.bf16 is False else 2
+            # Outermost group: weights all step long, dW of the head until the step's end. Blocks:
+            # weights and gradients of two at a time, their float32 copies on the way to the shards.
+            gathered = wide * (sizes.outer + sizes.head) + 2 * (2 * wide + 4) * sizes.block
+        return Memory(each, each, 2 * each, gathered, activations.peak, activations.loss)
+
+    def activations(self, config: TrainConfig, checkpointing: str, *, cuda: bool) -> Bytes:
+        tokens = tokens_per_pack(config)
+        key = (tokens, checkpointing)
+        if key not in self.rehearsed:
+            longest = min(config.max_length, tokens)
+            rest = tokens % longest
+            seqlens = (longest,) * (tokens // longest) + ((rest,) if rest else ())
+            name = "full" if checkpointing == "offload" else checkpointing
+            variant = config.model_copy(update={"gradient_checkpointing": name})
+            found = rehearse(variant, self.model_config, seqlens, cuda=cuda)
+            if checkpointing == "offload":  # two blocks' inputs stay: one in use, one on its way
+                blocks = self.model_config.num_hidden_layers
+                kept = 2 * tokens * self.model_config.hidden_size * max(blocks - 2, 0)
+                found = Bytes(*(max(b - kept, 0) for b in vars(found).values()))
+            self.rehearsed[key] = found
+        return self.rehearsed[key]
+
+    def remedies(self, gpus: int, limit: float) -> list[str]:
+        """Single changes after which the recipe fits, the cheapest first."""
+        tried: list[tuple[str, int, dict[str, Any]]] = []
+        if self.config.gradient_checkpointing == "none":
+            tried.append(("gradient_checkpointing: full", gpus, {"gradient_checkpointing": "full"}))
+        smaller = max(self.config.max_tokens_per_batch // 2, self.config.max_length)
+        if smaller < tokens_per_pack(self.config):
+            text = f"max_tokens_per_batch: {smaller}"
+            tried.append((text, gpus, {"max_tokens_per_batch": smaller}))
+        if self.config.gradient_checkpointing != "offload":
+            change = {"gradient_checkpointing": "offload"}
+            tried.append(("gradient_checkpointing: offload", gpus, change))
+        tried += [(f"{n} GPUs", n, {}) for n in GPU_COUNTS if n > gpus]
+        found = []
+        for text, count, change in tried:
+            memory = self.memory(count, self.config.model_copy(update=change))
+            if memory.needed <= limit:
+                found.append(f"{text} ({memory.needed / GIB:.1f} GiB)")
+                if count > gpus:
+                    break  # more GPUs yet would fit too
+        return found
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters; tied weights count once."""
+
+    all: int
+    block: int
+    outer: int  # embeddings, final norm, head
+    head: int
+
+    @classmethod
+    def of(cls, model: PackedLM) -> "Sizes":
+        total = sum(p.numel() for p in model.parameters())
+        layers = model.lm.model.layers
+        inner = sum(p.numel() for p in layers.parameters())
+        return cls(total, inner // len(layers), total - inner, model.lm.lm_head.weight.numel())
+
+
+def tokens_per_pack(config: TrainConfig) -> int:
+    """A trace longer than `max_tokens_per_batch` gets a pack of its own."""
+    return max(config.max_tokens_per_batch, config.max_length)
+
+
+def describe(
+    config: TrainConfig,
+    *,
+    gpus: int = 8,
+    gpu_memory: float = 80,
+    gpu: str = "A100",
+    mean_length: int | None = None,
+) -> str:
+    """The plan as text. `gpu_memory` is in GB, as on the label of a card; `gpus=0`: a CPU.
+
+    Raises RediError when the recipe does not say enough.
+    """
+    if gpu not in PEAK_FLOPS:
+        raise RediError(f"--gpu {gpu}: not one of {', '.join(PEAK_FLOPS)}")
+    planner = Planner(config)
     num_examples, source = _num_examples(config)
     schedule = Schedule(num_examples, config)
-    architecture = model.lm.config
+    rows = [*_what(planner, schedule, source), *_memory(planner, gpus, gpu_memory)]
+    if gpus:
+        rows += [("time", _time(planner, schedule, gpus, gpu, mean_length))]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _what(planner: Planner, schedule: Schedule, source: str) -> list[tuple[str, str]]:
+    config, architecture = planner.config, planner.model_config
     unit = "traces" if config.objective == "sft" else "pairs"
     objective = "SFT" if config.objective == "sft" else f"REDI, alpha = {config.alpha}"
     marks = sorted(
         {0, schedule.warmup_steps - 1, schedule.total_steps // 2, schedule.total_steps - 1}
     )
-    rows = [
+    name, count = type(planner.model.lm).__name__, Sizes.of(planner.model).all
+    return [
         ("objective", objective),
-        ("model", f"{type(model.lm).__name__}, {num_parameters:,} parameters"),
+        ("model", f"{name}, {count:,} parameters"),
         ("context", f"{architecture.max_position_embeddings:,} positions, {_rope(architecture)}"),
-        ("training state", f"{num_parameters * 16 / 2**30:.1f} GiB over all GPUs (fp32 weights, "
-         "gradients, two AdamW moments)"),
-        ("data", f"{num_examples:,} {unit} ({source})"),
+        ("data", f"{schedule.num_examples:,} {unit} ({source})"),
         ("steps", f"{schedule.total_steps:,} of {config.train_batch_size} {unit} "
          f"({schedule.steps_per_epoch:,} an epoch)"),
         ("schedule", f"{config.lr_scheduler_type}, {schedule.warmup_steps:,} warm-up steps: "
@@ -40,8 +178,47 @@ def describe(config: TrainConfig) -> str:
         ("lengths", f"traces over {config.max_length:,} tokens are dropped"
          + (f", prompts over {config.max_prompt_length:,}" if config.max_prompt_length else "")),
     ]  # fmt: skip
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _memory(planner: Planner, gpus: int, gpu_memory: float) -> list[tuple[str, str]]:
+    config, memory = planner.config, planner.memory(gpus)
+    checkpointing = config.gradient_checkpointing
+    tokens, size = tokens_per_pack(config), lambda b: f"{b / GIB:.1f} GiB"
+    place = f"{gpus} x {gpu_memory:g} GB" if gpus else "one CPU process"
+    rows = [
+        ("memory", f"per GPU on {place}" if gpus else place),
+        ("  state", f"{size(memory.state)}: weights {size(memory.weights)}, gradients "
+         f"{size(memory.gradients)}, AdamW {size(memory.optimizer)} (float32)"),
+        ("  gathered", f"{size(memory.gathered)}: weights in use, gradients on their way"),
+        ("  activations", f"{size(memory.activations)} with {tokens:,} tokens at once, "
+         f"checkpointing {checkpointing} ({size(memory.loss)} while the loss runs)"),
+        ("  peak", f"{size(memory.peak)} allocated"),
+    ]  # fmt: skip
+    if not gpus:
+        return [row for row in rows if row[0] != "  gathered"]
+    limit = gpu_memory * 1e9
+    verdict = "fits" if memory.needed <= limit else "DOES NOT FIT"
+    verdict += f": {size(memory.needed)} of {size(limit)} with the allocator's and CUDA's share"
+    if memory.needed > limit:
+        remedies = planner.remedies(gpus, limit)
+        verdict += "; any one of these would do: " if remedies else "; no single change would do"
+        verdict += ", ".join(remedies)
+    return [*rows, ("  verdict", verdict)]
+
+
+def _time(
+    planner: Planner, schedule: Schedule, gpus: int, gpu: str, mean_length: int | None
+) -> str:
+    config = planner.config
+    traces = schedule.total_steps * config.train_batch_size * (1 + (config.objective != "sft"))
+    told = "as given" if mean_length else "assumed: a third of max_length; --mean-length sets it"
+    length = mean_length or config.max_length // 3
+    mfu = ASSUMED_MFU[config.gradient_checkpointing]
+    seconds = traces * model_flops(planner.model.lm, [length]) / (mfu * PEAK_FLOPS[gpu] * gpus)
+    return (
+        f"{seconds / 3600:.1f} hours (modelled: {gpu}, {mfu:.0%} of its peak of "
+        f"{PEAK_FLOPS[gpu] / 1e12:.0f} TFLOP/s, traces of {length:,} tokens {told})"
+    )
 
 
 def _num_examples(config: TrainConfig) -> tuple[int, str]:
@@ -57,7 +234,7 @@ def _num_examples(config: TrainConfig) -> tuple[int, str]:
     return config.expected_examples, f"expected; {config.dataset_name} is not here"
 
 
-def _rope(architecture) -> str:
+def _rope(architecture: Any) -> str:
     rope = getattr(architecture, "rope_parameters", None) or {}
     theta = rope.get("rope_theta", getattr(architecture, "rope_theta", None))
     return f"rope theta {theta:,.0f}" if theta else "no rope theta"

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,16 @@ from redi.data.tokenize import ChatFormat, Tokenized, Trace, tokenize_examples
 from redi.errors import Interrupted, RediError
 from redi.export import export, model_card, stored_dtype
 from redi.faults import StopRequest, nonfinite_step
+from redi.guard import CollapseGuard
 from redi.identity import TrainResult, check_same, identify, read_result, write_result
+from redi.meter import Meter
 from redi.model import PackedLM, load_model, load_tokenizer
-from redi.monitor import MetricsFile, Progress, TrainState, notify, read_metrics, say
-from redi.objectives import StepCounts, make_objective
+from redi.monitor import MetricsFile, TrainState, notify, read_metrics, say
+from redi.objectives import PackLoss, StepCounts, make_objective
 from redi.schedule import Schedule
+from redi.screen import Screen
+from redi.trackers import trackers
+from redi.vitals import NUM_SUMS, PROBE_STEPS, entropy_sums, pack_sums, step_means
 
 
 def train(
@@ -49,6 +53,7 @@ def train(
     ranks = distributed.setup()
     tokenizer = load_tokenizer(config)
     data = load_data(config, tokenizer)
+    held_out = load_held_out(config, tokenizer)
     output_dir = Path(config.output_dir)
     identity = identify(config, data)
     result = read_result(output_dir, identity)
@@ -57,13 +62,14 @@ def train(
 
     model = load_model(config, device=ranks.device)
     distributed.shard(model, list(model.lm.model.layers), ranks, bf16=config.bf16 is not False)
-    loop = Loop(config, model, data, identity, ranks)
+    loop = Loop(config, model, data, identity, ranks, held_out)
     state = TrainState(total_steps=loop.schedule.total_steps, output_dir=output_dir, name=name)
     loop.resume(state)
     listeners: list[Any] = []
     if ranks.is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
-        listeners = [MetricsFile(output_dir / "metrics.jsonl"), Progress(), *callbacks]
+        listeners = [MetricsFile(output_dir / "metrics.jsonl"), Screen()]
+        listeners += [*trackers(config, name), *callbacks]
         dropped = f", {len(data.dropped)} dropped" if data.dropped else ""
         where = f" on {ranks.world_size} ranks" if ranks.world_size > 1 else ""
         continued = f", continuing after step {state.step}" if state.step else ""
@@ -118,12 +124,20 @@ def load_data(config: TrainConfig, tokenizer: Any) -> Tokenized:
     )
 
 
+def load_held_out(config: TrainConfig, tokenizer: Any) -> list[Trace]:
+    """The traces of `eval_dataset_name`, if it is set."""
+    if config.eval_dataset_name is None:
+        return []
+    held_out = config.model_copy(update={"dataset_name": config.eval_dataset_name})
+    return [trace for example in load_data(held_out, tokenizer).traces for trace in example]
+
+
 @dataclass(frozen=True)
 class StepWork:
     """What one optimizer step computes on this rank."""
 
     indices: list[int]  # its examples
-    num_tokens: int  # over all ranks, as `counts`
+    traces: list[Trace]  # over all ranks, as `counts`
     counts: StepCounts
     packs: list[Pack]
 
@@ -138,12 +152,15 @@ class Loop:
         data: Tokenized,
         identity: dict[str, Any],
         ranks: distributed.Ranks,
+        held_out: Sequence[Trace] = (),
     ):
-        self.config, self.model, self.data = config, model, data
+        self.config, self.model, self.data, self.held_out = config, model, data, held_out
         self.identity, self.ranks = identity, ranks
         self.schedule = Schedule(len(data.traces), config)
         self.objective = make_objective(config.objective, config.alpha)
         self.optimizer = make_optimizer(model, config)
+        self.guard = CollapseGuard()
+        self.meter = Meter(ranks.device, ranks.world_size)
         self.work = Prefetch(self.prepare)
 
     def resume(self, state: TrainState) -> None:
@@ -158,26 +175,34 @@ class Loop:
             check_same(found, saved["identity"], self.identity)
             checkpoint.load(found, self.model, self.optimizer)
             state.step, state.skipped = saved["step"], saved["skipped"]
+            self.guard.history = saved["guard"]
 
     def run(self, state: TrainState, listeners: list[Any]) -> dict[str, float]:
         """Trains from `state` to the end; returns the last logged metrics."""
+        self.stop_if_collapsed(state)
         notify(listeners, "on_train_begin", state)
         with StopRequest() as stop:
             try:
                 while state.step < state.total_steps:
                     metrics = self.step(state)
                     last = state.step == state.total_steps
-                    if last or state.step % self.config.logging_steps == 0:
-                        notify(listeners, "on_log", state, metrics)
+                    alarm = self.watch(state, metrics)
+                    evaluating = bool(self.held_out) and self._due(state, self.config.eval_steps)
+                    if evaluating:
+                        metrics |= self.evaluate()
+                        notify(listeners, "on_evaluate", state, metrics)
+                    if alarm or evaluating or self._due(state, self.config.logging_steps):
+                        notify(listeners, "on_log", state, metrics | self.meter.row())
                     notify(listeners, "on_step_end", state)
                     stopping = distributed.any_rank(stop.asked, self.ranks) and not last
-                    if stopping or last or state.step % self.config.save_steps == 0:
+                    if stopping or alarm or self._due(state, self.config.save_steps):
                         self.save(state, listeners)
                     if stopping:
                         raise Interrupted(
                             f"stopped after step {state.step} of {state.total_steps}, "
                             "checkpoint saved; run the same command to continue"
                         )
+                    self.stop_if_collapsed(state)
             finally:
                 self.work.close()
                 notify(listeners, "on_train_end", state)
@@ -190,9 +215,10 @@ class Loop:
         A step whose loss or gradient is not finite leaves the weights alone: RediError, or a row
         that counts it as skipped, as `nonfinite` says.
         """
-        started = time.monotonic()
+        self.meter.start()
         work = self.work.get(state.step)
-        loss, chosen, rejected, grad_norm = self.accumulate(work)
+        means = self.learn(work)
+        loss, grad_norm = means["loss"], means["grad_norm"]
         learning_rate = self.schedule.learning_rate(state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -204,20 +230,17 @@ class Loop:
             nonfinite_step(state, self.data, work.indices, numbers, skip=skip, is_main=is_main)
         state.step += 1
         state.epoch = state.step / self.schedule.steps_per_epoch
+        self.meter.mark("optimizer")
         row = {
             "step": state.step,
             "epoch": round(state.epoch, 4),
-            "loss": loss,
-            "grad_norm": grad_norm,
+            **means,
             "learning_rate": learning_rate,
-            "num_tokens": work.num_tokens,
-            "tokens_per_second": work.num_tokens / (time.monotonic() - started),
+            **self.meter.speed(self.model.lm, [len(trace.input_ids) for trace in work.traces]),
             "time": time.time(),
         }
-        if work.counts.num_chosen:
-            row["logps/chosen"] = chosen / work.counts.num_chosen
-        if work.counts.num_rejected:
-            row["logps/rejected"] = rejected / work.counts.num_rejected
+        if (state.step - 1) % PROBE_STEPS == 0:
+            row |= self.entropy(work.traces)
         if state.skipped:
             row["skipped_steps"] = len(state.skipped)
         return {key: value for key, value in row.items() if math.isfinite(value)}
@@ -229,49 +252,93 @@ class Loop:
         packs = self._packs_of_this_rank(traces)
         if self.ranks.device.type == "cuda":
             packs = [pin(pack) for pack in packs]
-        num_tokens = sum(len(trace.input_ids) for trace in traces)
-        return StepWork(indices, num_tokens, StepCounts.of(traces), packs)
+        return StepWork(indices, traces, StepCounts.of(traces), packs)
 
-    def accumulate(self, work: StepWork) -> tuple[float, float, float, float]:
-        """Puts one step's gradient, clipped, into the parameters, pack by pack.
-
-        Returns, over all ranks: the loss, the sums over chosen and over rejected traces of their
-        log-probs per token, and the norm of the gradient before clipping. Waits for the device
-        here only, once.
-        """
-        device, world_size = self.ranks.device, self.ranks.world_size
+    def learn(self, work: StepWork) -> dict[str, float]:
+        """Puts one step's gradient, clipped, into the parameters; returns the loss, the traces'
+        log-probs and the gradient's norm, over all ranks. Waits for the device here only, once."""
         self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(3, device=device)
-        for pack in work.packs:
-            pack = pack.to(device)
-            out = self.model(pack, partial(self.objective, work.counts))
-            # FSDP averages gradients over ranks; the objective is already a mean over all of them.
-            (out.loss * world_size).backward()
-            mean_S = out.logps_S / out.lengths_S.clamp(min=1)
-            chosen_S, zero = pack.is_chosen_S, mean_S.new_zeros(())
-            chosen = torch.where(chosen_S, mean_S, zero).sum()
-            rejected = torch.where(chosen_S, zero, mean_S).sum()
-            sums += torch.stack([out.loss.detach(), chosen, rejected])
+        sums = distributed.all_sum(self.accumulate(work.packs, work.counts))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        numbers = torch.cat([distributed.all_sum(sums), distributed.whole(norm).reshape(1)])
-        loss, chosen, rejected, grad_norm = numbers.tolist()
-        return loss, chosen, rejected, grad_norm
+        *numbers, grad_norm = torch.cat([sums, distributed.whole(norm).reshape(1)]).tolist()
+        return step_means(numbers, work.counts) | {"grad_norm": grad_norm}
+
+    def accumulate(self, packs: list[Pack], counts: StepCounts) -> torch.Tensor:
+        """Adds this rank's packs' gradient to the parameters (where gradients are on); returns the
+        sums that `step_means` reads, still on the device."""
+        device, world_size = self.ranks.device, self.ranks.world_size
+        sums = torch.zeros(NUM_SUMS, device=device)
+
+        def head(*inputs: Any) -> PackLoss:  # runs inside the model's forward
+            self.meter.mark("forward")
+            out = self.objective(counts, *inputs)
+            self.meter.mark("loss")
+            return out
+
+        for pack in packs:
+            pack = pack.to(device)
+            self.meter.mark("data")
+            out = self.model(pack, head)
+            if torch.is_grad_enabled():
+                # FSDP averages gradients over ranks; the objective is a mean over all of them.
+                (out.loss * world_size).backward()
+            sums += pack_sums(pack, out)
+            self.meter.mark("backward")
+        return sums
+
+    def entropy(self, traces: list[Trace]) -> dict[str, float]:
+        with self.meter.only("eval"):
+            sums = entropy_sums(self.model, traces, self.ranks.rank, self.ranks.world_size)
+            distributed.reshard(self.model)
+        total, num_tokens = distributed.all_sum(sums).tolist()
+        return {"entropy": total / num_tokens} if num_tokens else {}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Loss and log-probs of the held-out traces, as one step's would be counted."""
+        with self.meter.only("eval"):
+            counts = StepCounts.of(self.held_out)
+            sums = self.accumulate(self._packs_of_this_rank(self.held_out), counts)
+            distributed.reshard(self.model)
+            means = step_means(distributed.all_sum(sums).tolist(), counts)
+        return {f"eval_{name}": value for name, value in means.items()}
+
+    def watch(self, state: TrainState, metrics: dict[str, float]) -> bool:
+        """Shows the step to the collapse guard; whether it has just raised an alarm."""
+        if self.config.collapse_guard == "off" or not self.guard.watch(metrics):
+            return False
+        metrics["alarms"] = len(self.guard.alarms())
+        if self.ranks.is_main:
+            say(f"WARNING: step {state.step}: {self.guard.verdict()}")
+        return True
+
+    def stop_if_collapsed(self, state: TrainState) -> None:
+        if self.config.collapse_guard == "stop" and self.guard.alarms():
+            raise RediError(
+                f"stopped after step {state.step} of {state.total_steps}, checkpoint saved: "
+                f"{self.guard.verdict()} Set collapse_guard: warn to train on from there"
+            )
 
     def save(self, state: TrainState, listeners: list[Any]) -> None:
         """A full disk is said loudly but does not end a run that may outlive it."""
         content = {"step": state.step, "skipped": state.skipped, "identity": self.identity}
+        content["guard"] = self.guard.history
         keep = self.config.save_total_limit
         try:
-            checkpoint.save(
-                state.output_dir, self.model, self.optimizer, content, self.ranks, keep=keep
-            )
+            with self.meter.only("save"):
+                checkpoint.save(
+                    state.output_dir, self.model, self.optimizer, content, self.ranks, keep=keep
+                )
         except OSError as error:
             if self.ranks.is_main:
                 say(f"WARNING: {error}")
         else:
             notify(listeners, "on_save", state)
 
-    def _packs_of_this_rank(self, traces: list[Trace]) -> list[Pack]:
+    def _due(self, state: TrainState, every: int) -> bool:
+        return state.step % every == 0 or state.step == state.total_steps
+
+    def _packs_of_this_rank(self, traces: Sequence[Trace]) -> list[Pack]:
         packs = pack_traces(traces, self.config.max_tokens_per_batch)
         mine = packs[self.ranks.rank :: self.ranks.world_size]
         # Sharded ranks must run equally many forwards; a repeat with no targets adds nothing.

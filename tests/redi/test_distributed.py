@@ -70,9 +70,9 @@ def launch(launcher, folder, settings):
 
 
 def trajectory(folder):
-    keys = ("loss", "grad_norm", "logps/chosen", "logps/rejected")
+    keys = ("loss", "grad_norm", "logps/chosen", "logps/rejected", "logps/stop", "eval_loss")
     rows = read_metrics(folder / "out" / "metrics.jsonl")
-    return [[row[key] for key in keys] for row in rows]
+    return [[row[key] for key in keys if key in row] for row in rows]
 
 
 def assert_close(got, want):
@@ -83,14 +83,20 @@ def assert_close(got, want):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
+    """Held-out forwards stand between its steps: they must leave shards as they were."""
     folder = tmp_path_factory.mktemp("one")
-    train(tiny.train_settings(folder))
+    train(held_out(folder))
     return folder
+
+
+def held_out(folder):
+    settings = tiny.train_settings(folder, eval_steps=2)
+    return settings | {"eval_dataset_name": settings["dataset_name"]}
 
 
 def test_torchrun(one, tmp_path):
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = launch(torchrun, tmp_path, tiny.train_settings(tmp_path))
+    done = launch(torchrun, tmp_path, held_out(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "6 steps on 2 ranks" in done.stderr
     assert_close(trajectory(tmp_path), trajectory(one))
@@ -100,7 +106,7 @@ def test_torchrun(one, tmp_path):
 def test_accelerate(one, tmp_path):
     # With --cpu, accelerate starts one process, however many are asked for.
     accelerate = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    done = launch(accelerate, tmp_path, tiny.train_settings(tmp_path))
+    done = launch(accelerate, tmp_path, held_out(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "6 steps on 2 ranks" in done.stderr
     assert_close(trajectory(tmp_path), trajectory(one))
@@ -158,7 +164,7 @@ def test_a_signal_to_one_rank_saves_on_all(fork, tmp_path):
 def test_a_full_disk_on_one_rank_is_said_once_and_all_go_on(fork, one, tmp_path):
     full = "checkpoint.save_file = lambda *_: (_ for _ in ()).throw(OSError('disk full'))"
     fault = AT_STEP.format(step=3, rank=1, fault=full)
-    codes, err = fork(tmp_path, tiny.train_settings(tmp_path), 2, fault)
+    codes, err = fork(tmp_path, held_out(tmp_path), 2, fault)
     assert codes == [0, 0]
     assert err.count("checkpoint-4 NOT saved: rank 1: disk full") == 1
     assert list(checkpoint.checkpoints(tmp_path / "out")) == [2]

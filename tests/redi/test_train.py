@@ -21,11 +21,9 @@ import redi.train as train_module
 from redi import checkpoint, faults
 from redi.config import TrainConfig, make_config
 from redi.errors import Interrupted, RediError
-from redi.monitor import read_metrics
+from redi.monitor import read_metrics, timeless
 from redi.schedule import Schedule
 from redi.train import train
-
-TIMING = ("tokens_per_second", "time")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -39,7 +37,7 @@ def same_bits(a: Path, b: Path) -> bool:
 
 def metrics(folder: Path) -> list[dict]:
     rows = read_metrics(Path(folder) / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+    return [timeless(row) for row in rows]
 
 
 @pytest.fixture(scope="module")
