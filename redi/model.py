@@ -6,7 +6,7 @@ of `redi_kernels`, so the [T, V] logits never exist.
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,9 +59,17 @@ class PackedLM(nn.Module):
         """How this family shapes its logits, in `redi_kernels`' words."""
         return {"bias": self.lm.lm_head.bias, **logit_options(self.lm.config)}
 
+    def cost_of_squares(self) -> float:
+        """What a squared token costs beside a token: a trace of n tokens takes 2 P n FLOP in the
+        weights and, causally, 2 L A D n^2 in attention (backward doubles both)."""
+        c = self.lm.config
+        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        num_parameters = sum(p.numel() for p in self.parameters())
+        return c.num_hidden_layers * c.num_attention_heads * head_dim / num_parameters
+
 
 @torch.no_grad()
-def sequence_logps(model: PackedLM, packs: list[Pack]) -> Iterator[tuple[Pack, Tensor, Tensor]]:
+def sequence_logps(model: PackedLM, packs: Iterable[Pack]) -> Iterator[tuple[Pack, Tensor, Tensor]]:
     """Yields (pack, summed log-prob per trace [S] fp32, trained tokens per trace [S]) for each
     pack."""
     from redi_kernels import sequence_logprobs, token_logprobs

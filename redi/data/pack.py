@@ -1,7 +1,7 @@
 """Traces of one optimizer step, laid end to end in packs: no padding, no trace ever cut.
 
-Because REDI's loss is linear in token log-probs, any packing of a step gives the same gradient; a
-pack only decides what is in memory at once.
+Every denominator of a loss is counted over the step beforehand, so any packing of a step gives the
+same gradient; packs only decide what is in memory at once, and which rank computes what.
 """
 
 from bisect import bisect_left, insort
@@ -16,6 +16,8 @@ from torch import Tensor
 from redi.data.tokenize import Trace
 
 IGNORE_INDEX = -100
+# What a squared token costs beside a token, by default: Qwen2.5-Math-1.5B's (PackedLM counts it).
+SQUARES = 2.8e-5
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Pack:
     is_chosen_S: Tensor  # bool
     seqlens: tuple[int, ...]
     examples: tuple[int, ...]  # which example each trace came from
+    ref_logps_S: Tensor | None = None  # float32, where all its traces have one (DPO)
+    is_trained: bool = True
 
     def to(self, device: torch.device | str) -> "Pack":
         """The same pack with its tensors on `device`."""
@@ -40,8 +44,9 @@ class Pack:
         return replace(self, **moved)
 
     def without_targets(self) -> "Pack":
-        """The same tokens, none of them trained."""
-        return replace(self, targets_T=torch.full_like(self.targets_T, IGNORE_INDEX))
+        """The same tokens, none of them trained: keeps a rank in step, and adds nothing."""
+        targets_T = torch.full_like(self.targets_T, IGNORE_INDEX)
+        return replace(self, targets_T=targets_T, is_trained=False)
 
 
 def pack_traces(traces: Sequence[Trace], max_tokens: int) -> list[Pack]:
@@ -50,24 +55,131 @@ def pack_traces(traces: Sequence[Trace], max_tokens: int) -> list[Pack]:
     A pack has at most `max_tokens` tokens; a trace longer than that gets a pack of its own. Traces
     keep their given order inside a pack. The result depends on nothing but the arguments.
     """
-    order = sorted(range(len(traces)), key=lambda i: (-len(traces[i].input_ids), i))
-    packs: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
-    for i in order:
-        length = len(traces[i].input_ids)
-        slot = bisect_left(room, (length, -1))
+    bins = _best_fit([len(trace.input_ids) for trace in traces], max_tokens)
+    return [_pack([traces[i] for i in sorted(bin)]) for bin in bins]
+
+
+def pack_step(
+    traces: Sequence[Trace],
+    max_tokens: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    pairs: bool = False,
+    squares: float = SQUARES,
+) -> list[Pack]:
+    """What one rank runs of an optimizer step; `traces` are the whole step's, on every rank.
+
+    All ranks get equally many packs; one that lacks traces repeats the step's smallest pack
+    without targets.
+    Arguments as of `arrange`, on nothing but which the result depends. `pairs`: an example's
+    traces stay in one pack, next to each other, for objectives not linear in the log-probs.
+    """
+    lengths = [len(trace.input_ids) for trace in traces]
+    keys = [trace.example for trace in traces] if pairs else None
+    ranks = arrange(lengths, max_tokens, world_size=world_size, keys=keys, squares=squares)
+    bins = [bin for bins in ranks for bin in bins if bin]
+    smallest = min(bins, key=lambda bin: sum(lengths[i] for i in bin))
+    filler = _pack([traces[i] for i in smallest]).without_targets()
+    return [_pack([traces[i] for i in bin]) if bin else filler for bin in ranks[rank]]
+
+
+def arrange(
+    lengths: Sequence[int],
+    max_tokens: int,
+    *,
+    world_size: int = 1,
+    keys: Sequence[int] | None = None,
+    squares: float = SQUARES,
+) -> list[list[list[int]]]:
+    """Indices of `lengths`, in packs, of each rank; equally many packs for every rank.
+
+    A trace of n tokens is taken to cost n + squares * n^2 (attention is the square). Ranks get
+    equal cost, as far as whole traces allow, and so do a rank's packs where they have room for it.
+
+    Args:
+        max_tokens: of a pack; what is longer gets a pack of its own.
+        keys: traces of the same key stay together.
+        squares: see `PackedLM.cost_of_squares`.
+    """
+    units: dict[int, list[int]] = {}  # what must not be parted
+    for i in range(len(lengths)):
+        units.setdefault(i if keys is None else keys[i], []).append(i)
+    members = list(units.values())
+    length_U = np.array([sum(lengths[i] for i in unit) for unit in members])
+    cost_U = np.array([sum(trace_cost(lengths[i], squares) for i in unit) for unit in members])
+    owner_U = _spread(cost_U, world_size)
+    mine_R = [np.flatnonzero(owner_U == rank) for rank in range(world_size)]
+    count = max(len(_best_fit(length_U[mine].tolist(), max_tokens)) for mine in mine_R)
+    return [
+        [
+            [i for u in sorted(bin) for i in members[mine[u]]]
+            for bin in _fill(length_U[mine].tolist(), cost_U[mine], count, max_tokens)
+        ]
+        for mine in mine_R
+    ]
+
+
+def trace_cost(length: int, squares: float = SQUARES) -> float:
+    """Of a trace, in tokens: what as many tokens would cost without attention."""
+    return length + squares * length**2
+
+
+def _best_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices of `lengths` in bins of at most `max_tokens`, but for single ones that are longer."""
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        slot = bisect_left(room, (lengths[i], -1))
         if slot < len(room):
-            free, pack = room.pop(slot)
-            packs[pack].append(i)
+            free, bin = room.pop(slot)
+            bins[bin].append(i)
         else:
-            free, pack = max_tokens, len(packs)
-            packs.append([i])
-        insort(room, (free - length, pack))
-    return [_pack([traces[i] for i in sorted(members)]) for members in packs]
+            free, bin = max_tokens, len(bins)
+            bins.append([i])
+        insort(room, (free - lengths[i], bin))
+    return bins
+
+
+def _spread(cost_U: np.ndarray, num_bins: int) -> np.ndarray:
+    """The bin of each unit: costliest first into the idlest bin, then swaps that relieve the
+    busiest bin for as long as one does and it carries more than 0.5% above the mean."""
+    owner_U = np.zeros(len(cost_U), dtype=np.int64)
+    load_B: np.ndarray = np.zeros(num_bins)
+    for u in np.argsort(-cost_U, kind="stable"):
+        owner_U[u] = load_B.argmin()
+        load_B[owner_U[u]] += cost_U[u]
+    while load_B.max() > 1.005 * load_B.mean():
+        busiest = load_B.argmax()
+        mine, others = np.flatnonzero(owner_U == busiest), np.flatnonzero(owner_U != busiest)
+        relief = cost_U[mine][:, None] - cost_U[others]
+        higher = np.maximum(load_B[busiest] - relief, load_B[owner_U[others]] + relief)
+        if not higher.size or higher.min() >= (1 - 1e-9) * load_B[busiest]:
+            break
+        i, j = np.unravel_index(higher.argmin(), higher.shape)
+        swapped = [mine[i], others[j]]
+        owner_U[swapped] = owner_U[swapped[::-1]]
+        load_B = np.bincount(owner_U, cost_U, num_bins)
+    return owner_U
+
+
+def _fill(lengths: list[int], cost_U: np.ndarray, count: int, max_tokens: int) -> list[list[int]]:
+    """`count` bins, the costliest first: sharded ranks go through their forwards side by side, so
+    like should meet like. Of equal cost where they have room for that, else filled tightly and
+    halved to make up the number; with fewer lengths than `count`, the last ones are empty."""
+    owner_U = _spread(cost_U, count)
+    bins = [np.flatnonzero(owner_U == b).tolist() for b in range(count)]
+    if any(len(bin) > 1 and sum(lengths[u] for u in bin) > max_tokens for bin in bins):
+        bins = _best_fit(lengths, max_tokens)
+    while len(bins) < count:
+        most = max(bins, key=len)
+        bins = [bin for bin in bins if bin is not most] + [most[::2], most[1::2]]
+    return sorted(bins, key=lambda bin: -sum(cost_U[bin]))
 
 
 def _pack(traces: list[Trace]) -> Pack:
     seqlens = tuple(len(trace.input_ids) for trace in traces)
+    refs = [trace.ref_logp for trace in traces if trace.ref_logp is not None]
     input_ids_T = np.concatenate([trace.input_ids for trace in traces]).astype(np.int64)
     return Pack(
         input_ids_T=torch.from_numpy(input_ids_T),
@@ -77,6 +189,7 @@ def _pack(traces: list[Trace]) -> Pack:
         is_chosen_S=torch.tensor([trace.is_chosen for trace in traces], dtype=torch.bool),
         seqlens=seqlens,
         examples=tuple(trace.example for trace in traces),
+        ref_logps_S=torch.tensor(refs) if len(refs) == len(traces) else None,
     )
 
 

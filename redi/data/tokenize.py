@@ -26,6 +26,7 @@ class Trace:
     num_prompt_tokens: int
     is_chosen: bool
     example: int  # index into the examples given
+    ref_logp: float | None = None  # DPO: the reference model's log-prob, summed (redi/reference.py)
 
 
 @dataclass(frozen=True)
