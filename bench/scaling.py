@@ -35,14 +35,14 @@ def one(tokens: int, pack: int, rounds: int) -> dict[str, float]:
     from redi.data.pack import pack_traces
     from redi.data.tokenize import Trace
     from redi.model import PackedLM
-    from redi.objectives import StepCounts, make_objective
+    from redi.objectives import StepCounts, redi
 
     torch.manual_seed(0)
     model = PackedLM(Qwen2ForCausalLM(Qwen2Config(**MODEL))).train()
     rng = np.random.default_rng(0)
     ids = rng.integers(0, MODEL["vocab_size"], (tokens // TRACE, TRACE)).astype(np.int32)
     traces = [Trace(row, 16, i % 2 == 0, i // 2) for i, row in enumerate(ids)]
-    objective = make_objective("redi", 0.8)
+    objective = redi(alpha=0.8)
 
     def step(traces: list) -> float:
         started = time.perf_counter()

@@ -36,8 +36,13 @@ KNOWN_ELSEWHERE = {
     "torch_dtype": "use dtype",
     "packing": "traces are always packed, without padding",
     "reinforce_rejected_coef": "use alpha",
-    "beta": "REDI is reference-free and has no beta; use alpha",
+    "loss_type": "use objective: sft, redi, dpo or simpo",
+    "gamma": "use simpo_gamma",
+    "precompute_ref_log_probs": "objective: dpo computes them once, before the first step",
 }
+
+
+DEFAULT_BETA = {"dpo": 0.1, "simpo": 2.0}
 
 
 def _has_slot(template: str) -> str:
@@ -107,7 +112,7 @@ class EvalConfig(Strict):
 
 
 class TrainConfig(Strict):
-    """`redi train`: one stage, SFT or REDI."""
+    """`redi train`: one stage; SFT, REDI, or one of REDI's comparators, DPO and SimPO."""
 
     # model
     model_name_or_path: str | None = Field(
@@ -155,8 +160,14 @@ class TrainConfig(Strict):
         None, gt=0, description="rows the dataset should hold; used by --dry-run when it is absent"
     )
     # objective
-    objective: Literal["sft", "redi"] = "redi"
-    alpha: float = Field(0.8, ge=0, description="weight of the rejected traces (paper Eq. 5)")
+    objective: Literal["sft", "redi", "dpo", "simpo"] = "redi"
+    alpha: float = Field(0.8, ge=0, description="redi: weight of the rejected traces (paper Eq. 5)")
+    beta: float | None = Field(
+        None,
+        gt=0,
+        description="dpo, simpo: scale of the rewards; default: 0.1 for dpo, 2 for simpo",
+    )
+    simpo_gamma: float = Field(1.0, ge=0, description="simpo: margin that a pair should reach")
     # optimisation
     output_dir: str
     num_train_epochs: float = Field(1.0, gt=0)
@@ -220,6 +231,27 @@ class TrainConfig(Strict):
         if self.model_name_or_path is None and self.tokenizer_name_or_path is None:
             raise ValueError("training from scratch needs tokenizer_name_or_path")
         return self
+
+    @model_validator(mode="after")
+    def _beta_has_effect(self) -> "TrainConfig":
+        if self.beta is not None and self.objective not in DEFAULT_BETA:
+            raise ValueError(f"objective: {self.objective} has no beta; redi is weighed by alpha")
+        return self
+
+    @property
+    def beta_or_default(self) -> float:
+        return DEFAULT_BETA[self.objective] if self.beta is None else self.beta
+
+    @property
+    def stage(self) -> str:
+        """The objective in words."""
+        if self.objective == "sft":
+            return "SFT on right traces"
+        if self.objective == "redi":
+            return f"REDI, alpha = {self.alpha}"
+        if self.objective == "dpo":
+            return f"DPO, beta = {self.beta_or_default}"
+        return f"SimPO, beta = {self.beta_or_default}, gamma = {self.simpo_gamma}"
 
 
 class TaskConfig(Strict):

@@ -61,7 +61,6 @@ def model_card(config: TrainConfig, steps: int, metrics: dict[str, float]) -> st
     """README.md of the folder: what was done, the last metrics, the whole recipe."""
     import yaml
 
-    stage = "SFT on right traces" if config.objective == "sft" else f"REDI, alpha = {config.alpha}"
     shown = ("loss", "logps/chosen", "logps/rejected", "grad_norm")
     last = ", ".join(f"{key} {metrics[key]:.4g}" for key in shown if key in metrics)
     recipe = yaml.safe_dump(config.model_dump(exclude_none=True), sort_keys=False)
@@ -69,7 +68,7 @@ def model_card(config: TrainConfig, steps: int, metrics: dict[str, float]) -> st
         f"---\nlibrary_name: transformers\ntags: [redi, {config.objective}]\n---\n\n"
         f"# {Path(config.output_dir).name}\n\n"
         "Trained with Reinforcement Distillation (arXiv 2505.24850).\n\n"
-        f"- stage: {stage}\n- steps: {steps}\n- at the last step: {last}\n\n"
+        f"- stage: {config.stage}\n- steps: {steps}\n- at the last step: {last}\n\n"
         f"## Recipe\n\n```yaml\n{recipe}```\n"
     )
 

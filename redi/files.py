@@ -1,5 +1,6 @@
 """Files that are whole or not there, also after a kill or a power cut."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -26,6 +27,15 @@ def publish(aside: Path, targets: dict[str, Path]) -> None:
         os.replace(aside / name, target)
     for folder in {target.parent for target in targets.values()}:
         fsync(folder)
+
+
+def digest_file(file: Path) -> str:
+    """sha256 of the content, in hex."""
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def fsync(path: Path) -> None:

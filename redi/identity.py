@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from redi.config import TrainConfig
-from redi.data.tokenize import Tokenized
+from redi.data.tokenize import Tokenized, Trace
 from redi.errors import RediError
 from redi.files import write_text
 
@@ -38,13 +38,18 @@ class TrainResult:
 
 def identify(config: TrainConfig, data: Tokenized) -> dict[str, Any]:
     """The run's identity as JSON."""
+    settings = {k: v for k, v in config.model_dump().items() if k not in FREE}
+    return {**settings, "tokens": hash_tokens(data.traces), "start": _starting_model(config)}
+
+
+def hash_tokens(examples: list[list[Trace]]) -> str:
+    """Of everything the model is trained on, in order."""
     tokens = hashlib.sha256()
-    for example in data.traces:
+    for example in examples:
         for trace in example:
             tokens.update(trace.input_ids.tobytes())
             tokens.update(b"%d,%d;" % (trace.num_prompt_tokens, trace.is_chosen))
-    settings = {k: v for k, v in config.model_dump().items() if k not in FREE}
-    return {**settings, "tokens": tokens.hexdigest(), "start": _starting_model(config)}
+    return tokens.hexdigest()
 
 
 def check_same(where: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:

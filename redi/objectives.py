@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from redi.config import TrainConfig
 from redi.data.pack import Pack
 from redi.data.tokenize import Trace
 
@@ -41,8 +42,11 @@ class PackLoss:
     logps_S: Tensor  # summed over each trace's trained tokens
     lengths_S: Tensor
     logp_T: Tensor  # of each token, 0 where it is not trained
+    rewards_S: Tensor | None = None  # DPO and SimPO: what their margins are differences of
 
 
+# Not linear in the log-probs: the traces of a pair must share a pack.
+NEEDS_PAIRS = ("dpo", "simpo")
 Objective = Callable[[StepCounts, Tensor, Tensor, Pack, dict[str, Any]], PackLoss]
 
 
@@ -85,5 +89,49 @@ def redi(alpha: float) -> Objective:
     return objective
 
 
-def make_objective(name: str, alpha: float) -> Objective:
-    return sft if name == "sft" else redi(alpha)
+def dpo(beta: float) -> Objective:
+    """DPO (arXiv 2305.18290): a pair's reward is beta times how much likelier it became."""
+    from redi_kernels import dpo_loss
+
+    def objective(
+        counts: StepCounts, x_TH: Tensor, w_VH: Tensor, pack: Pack, options: dict
+    ) -> PackLoss:
+        packed = pack.targets_T, pack.cu_seqlens, pack.is_chosen_S
+        assert pack.ref_logps_S is not None  # redi/reference.py put them there
+        kwargs = {"beta": beta, "num_pairs": counts.num_chosen, **options}
+        out = dpo_loss(x_TH, w_VH, *packed, pack.ref_logps_S, **kwargs)
+        rewards_S = beta * (out.logps_S - pack.ref_logps_S)
+        return _of_pairs(out, rewards_S, pack)
+
+    return objective
+
+
+def simpo(beta: float, gamma: float) -> Objective:
+    """SimPO (arXiv 2405.14734): a trace's reward is beta times its mean log-prob per token."""
+    from redi_kernels import simpo_loss
+
+    def objective(
+        counts: StepCounts, x_TH: Tensor, w_VH: Tensor, pack: Pack, options: dict
+    ) -> PackLoss:
+        packed = pack.targets_T, pack.cu_seqlens, pack.is_chosen_S
+        kwargs = {"beta": beta, "gamma": gamma, "num_pairs": counts.num_chosen, **options}
+        out = simpo_loss(x_TH, w_VH, *packed, **kwargs)
+        return _of_pairs(out, beta * out.logps_S / out.lengths_S.clamp(min=1), pack)
+
+    return objective
+
+
+def _of_pairs(out: Any, rewards_S: Tensor, pack: Pack) -> PackLoss:
+    """A pair without targets would still lose log 2."""
+    counts = pack.is_trained
+    return PackLoss(out.loss * counts, out.logps_S, out.lengths_S, out.logp_T, rewards_S * counts)
+
+
+def make_objective(config: TrainConfig) -> Objective:
+    if config.objective == "sft":
+        return sft
+    if config.objective == "redi":
+        return redi(config.alpha)
+    if config.objective == "dpo":
+        return dpo(config.beta_or_default)
+    return simpo(config.beta_or_default, config.simpo_gamma)

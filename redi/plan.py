@@ -13,6 +13,7 @@ from redi.config import TrainConfig
 from redi.errors import RediError
 from redi.meter import PEAK_FLOPS, model_flops
 from redi.model import PackedLM, load_model, load_model_config
+from redi.objectives import NEEDS_PAIRS
 from redi.rehearsal import Bytes, rehearse
 from redi.schedule import Schedule
 
@@ -130,8 +131,10 @@ class Sizes:
 
 
 def tokens_per_pack(config: TrainConfig) -> int:
-    """A trace longer than `max_tokens_per_batch` gets a pack of its own."""
-    return max(config.max_tokens_per_batch, config.max_length)
+    """A trace longer than `max_tokens_per_batch` gets a pack of its own; so does a pair, where the
+    objective needs it whole."""
+    traces = 2 if config.objective in NEEDS_PAIRS else 1
+    return max(config.max_tokens_per_batch, traces * config.max_length)
 
 
 def describe(
@@ -161,13 +164,12 @@ def describe(
 def _what(planner: Planner, schedule: Schedule, source: str) -> list[tuple[str, str]]:
     config, architecture = planner.config, planner.model_config
     unit = "traces" if config.objective == "sft" else "pairs"
-    objective = "SFT" if config.objective == "sft" else f"REDI, alpha = {config.alpha}"
     marks = sorted(
         {0, schedule.warmup_steps - 1, schedule.total_steps // 2, schedule.total_steps - 1}
     )
     name, count = type(planner.model.lm).__name__, Sizes.of(planner.model).all
     return [
-        ("objective", objective),
+        ("objective", config.stage),
         ("model", f"{name}, {count:,} parameters"),
         ("context", f"{architecture.max_position_embeddings:,} positions, {_rope(architecture)}"),
         ("data", f"{schedule.num_examples:,} {unit} ({source})"),

@@ -21,7 +21,7 @@ from redi import attention
 from redi.config import TrainConfig
 from redi.data.pack import Pack
 from redi.model import PackedLM, load_model
-from redi.objectives import StepCounts, make_objective
+from redi.objectives import StepCounts, redi, sft
 
 FLASH = "redi_shapes"
 MOMENTS = ("forward", "loss", "backward")
@@ -79,7 +79,8 @@ def _micro_batch(
         for parameter in model.parameters():  # as in the second micro-batch of a step
             parameter.grad = torch.zeros_like(parameter)
         pack, num_tokens = _shapes(seqlens), sum(seqlens)
-        objective = make_objective(config.objective, config.alpha)
+        # Picking pairs apart has no shape beforehand, so DPO and SimPO are rehearsed as REDI.
+        objective = sft if config.objective == "sft" else redi(config.alpha)
         counts = StepCounts(num_tokens, len(seqlens), len(seqlens))
         peaks = {}
         with LiveBytes() as live:

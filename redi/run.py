@@ -100,7 +100,7 @@ def run(
         _make_task(job)
     _build_data(job)
     for name, stage in job.stages.items():
-        _say(f"== {name}: {stage.objective}" + _alpha(stage))
+        _say(f"== {name}: {stage.stage}")
         train(stage, callbacks, name=name)
     results = {}
     for name, stage in job.stages.items():
@@ -162,10 +162,6 @@ def _once(folder: Path, identity: dict[str, Any], work: Callable[[], Any]) -> No
     shutil.rmtree(folder, ignore_errors=True)  # half of it, from an interrupted run
     work()
     write_text(marker, json.dumps(identity, indent=2) + "\n")
-
-
-def _alpha(stage: TrainConfig) -> str:
-    return f", alpha = {stage.alpha}" if stage.objective == "redi" else ""
 
 
 def _say(text: str) -> None:

@@ -16,10 +16,10 @@ import torch
 
 from redi import checkpoint, distributed
 from redi.config import TrainConfig, load_config, make_config
-from redi.data.pack import Pack, pack_traces
+from redi.data.pack import Pack, pack_step
 from redi.data.prefetch import Prefetch, pin
 from redi.data.read import read_examples
-from redi.data.tokenize import ChatFormat, Tokenized, Trace, tokenize_examples
+from redi.data.tokenize import ChatFormat, Dropped, Tokenized, Trace, tokenize_examples
 from redi.errors import Interrupted, RediError
 from redi.export import export, model_card, stored_dtype
 from redi.faults import StopRequest, nonfinite_step
@@ -28,7 +28,8 @@ from redi.identity import TrainResult, check_same, identify, read_result, write_
 from redi.meter import Meter
 from redi.model import PackedLM, load_model, load_tokenizer
 from redi.monitor import MetricsFile, TrainState, notify, read_metrics, say
-from redi.objectives import PackLoss, StepCounts, make_objective
+from redi.objectives import NEEDS_PAIRS, PackLoss, StepCounts, make_objective
+from redi.reference import with_reference
 from redi.schedule import Schedule
 from redi.screen import Screen
 from redi.trackers import trackers
@@ -62,6 +63,9 @@ def train(
 
     model = load_model(config, device=ranks.device)
     distributed.shard(model, list(model.lm.model.layers), ranks, bf16=config.bf16 is not False)
+    if config.objective == "dpo":
+        data = replace(data, traces=with_reference(data.traces, model, config, ranks))
+        held_out = with_reference([held_out], model, config, ranks)[0] if held_out else []
     loop = Loop(config, model, data, identity, ranks, held_out)
     state = TrainState(total_steps=loop.schedule.total_steps, output_dir=output_dir, name=name)
     loop.resume(state)
@@ -102,26 +106,34 @@ def train(
 
 
 def load_data(config: TrainConfig, tokenizer: Any) -> Tokenized:
-    """The traces that the objective trains on: of each example the chosen one (SFT), or all (REDI).
+    """The traces that the objective trains on: of each example the chosen one (SFT), all (REDI), or
+    both (DPO, SimPO; an example that lacks one is dropped and counted).
 
-    Raises RediError when nothing is left, or when REDI finds no rejected trace.
+    Raises RediError when nothing is left, or when there is no rejected trace to train on.
     """
-    examples = read_examples(config.dataset_name)
-    if config.objective == "sft":
+    name, objective = config.dataset_name, config.objective
+    examples = read_examples(name)
+    dropped: list[Dropped] = []
+    if objective == "sft":
         examples = [replace(e, rejected=None) for e in examples if e.chosen is not None]
     elif all(e.rejected is None for e in examples):
         raise RediError(
-            f"{config.dataset_name}: has no rejected traces, which objective: redi needs; "
+            f"{name}: has no rejected traces, which objective: {objective} needs; "
             "use objective: sft"
         )
+    elif objective in NEEDS_PAIRS:
+        dropped = [Dropped(e.id, "not a pair") for e in examples if len(e.sides) < 2]
+        examples = [e for e in examples if len(e.sides) == 2]
     if not examples:
-        raise RediError(f"{config.dataset_name}: has no chosen traces, which objective: sft needs")
-    return tokenize_examples(
+        what = "chosen traces" if objective == "sft" else "pairs"
+        raise RediError(f"{name}: has no {what}, which objective: {objective} needs")
+    data = tokenize_examples(
         examples,
         tokenizer,
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
     )
+    return replace(data, dropped=dropped + data.dropped)
 
 
 def load_held_out(config: TrainConfig, tokenizer: Any) -> list[Trace]:
@@ -157,10 +169,12 @@ class Loop:
         self.config, self.model, self.data, self.held_out = config, model, data, held_out
         self.identity, self.ranks = identity, ranks
         self.schedule = Schedule(len(data.traces), config)
-        self.objective = make_objective(config.objective, config.alpha)
+        self.objective = make_objective(config)
+        self.pairs = config.objective in NEEDS_PAIRS
         self.optimizer = make_optimizer(model, config)
         self.guard = CollapseGuard()
         self.meter = Meter(ranks.device, ranks.world_size)
+        self.squares = model.cost_of_squares()
         self.work = Prefetch(self.prepare)
 
     def resume(self, state: TrainState) -> None:
@@ -261,7 +275,7 @@ class Loop:
         sums = distributed.all_sum(self.accumulate(work.packs, work.counts))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         *numbers, grad_norm = torch.cat([sums, distributed.whole(norm).reshape(1)]).tolist()
-        return step_means(numbers, work.counts) | {"grad_norm": grad_norm}
+        return step_means(numbers, work.counts, rewards=self.pairs) | {"grad_norm": grad_norm}
 
     def accumulate(self, packs: list[Pack], counts: StepCounts) -> torch.Tensor:
         """Adds this rank's packs' gradient to the parameters (where gradients are on); returns the
@@ -300,7 +314,7 @@ class Loop:
             counts = StepCounts.of(self.held_out)
             sums = self.accumulate(self._packs_of_this_rank(self.held_out), counts)
             distributed.reshard(self.model)
-            means = step_means(distributed.all_sum(sums).tolist(), counts)
+            means = step_means(distributed.all_sum(sums).tolist(), counts, rewards=self.pairs)
         return {f"eval_{name}": value for name, value in means.items()}
 
     def watch(self, state: TrainState, metrics: dict[str, float]) -> bool:
@@ -339,11 +353,14 @@ class Loop:
         return state.step % every == 0 or state.step == state.total_steps
 
     def _packs_of_this_rank(self, traces: Sequence[Trace]) -> list[Pack]:
-        packs = pack_traces(traces, self.config.max_tokens_per_batch)
-        mine = packs[self.ranks.rank :: self.ranks.world_size]
-        # Sharded ranks must run equally many forwards; a repeat with no targets adds nothing.
-        short = len(mine) < math.ceil(len(packs) / self.ranks.world_size)
-        return [*mine, packs[0].without_targets()] if short else mine
+        return pack_step(
+            traces,
+            self.config.max_tokens_per_batch,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            pairs=self.pairs,
+            squares=self.squares,
+        )
 
 
 def make_optimizer(model: PackedLM, config: TrainConfig) -> torch.optim.AdamW:

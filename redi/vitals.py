@@ -18,7 +18,7 @@ from redi.objectives import PackLoss, StepCounts
 FAINT = 1e-4  # a token less probable than this has been pushed out of the model's reach
 PROBE_STEPS = 10  # an entropy every so many steps,
 PROBE_TRACES = 2  # over so many chosen traces a rank: a forward of 2 of 64 traces, in 1 of 10 steps
-NUM_SUMS = 6
+NUM_SUMS = 9
 
 
 @torch.no_grad()
@@ -39,16 +39,17 @@ def pack_sums(pack: Pack, out: PackLoss) -> Tensor:
         faint_T.sum(),
         torch.where(chosen_S, 0, out.lengths_S).sum(),
     )
-    return torch.stack([z.to(mean_S.dtype) for z in sums])
+    return torch.cat([torch.stack([z.to(mean_S.dtype) for z in sums]), _reward_sums(pack, out)])
 
 
-def step_means(sums: list[float], counts: StepCounts) -> dict[str, float]:
+def step_means(sums: list[float], counts: StepCounts, *, rewards: bool = False) -> dict[str, float]:
     """A step's `pack_sums`, added up over packs and ranks, as metrics.
 
     `logps/*`: mean over traces of the mean log-prob per token; `logps/stop`: mean log-prob of the
-    token that ends a chosen trace; `rejected_below_1e-4`: share of the rejected traces' tokens.
+    token that ends a chosen trace; `rejected_below_1e-4`: share of the rejected traces' tokens;
+    `rewards/*` (TRL's names): what an objective on pairs compares.
     """
-    loss, chosen, stop, rejected, faint, num_rejected_tokens = sums
+    loss, chosen, stop, rejected, faint, num_rejected_tokens, *of_pairs = sums
     means = {"loss": loss}
     if counts.num_chosen:
         means |= {
@@ -60,7 +61,25 @@ def step_means(sums: list[float], counts: StepCounts) -> dict[str, float]:
             "logps/rejected": rejected / counts.num_rejected,
             "rejected_below_1e-4": faint / max(num_rejected_tokens, 1),
         }
+    if rewards:
+        chosen, rejected, right = (x / counts.num_chosen for x in of_pairs)
+        means |= {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": right,
+        }
     return means
+
+
+def _reward_sums(pack: Pack, out: PackLoss) -> Tensor:
+    """[3]: rewards of chosen and of rejected traces, and pairs whose chosen one has the greater."""
+    if out.rewards_S is None:
+        return out.logps_S.new_zeros(3)
+    chosen_S = torch.where(pack.is_chosen_S, out.rewards_S, 0.0)
+    rejected_S = out.rewards_S - chosen_S
+    margins = (chosen_S - rejected_S).unflatten(0, (-1, 2)).sum(1)  # pairs stand side by side
+    return torch.stack([chosen_S.sum(), rejected_S.sum(), (margins > 0).sum()])
 
 
 @torch.no_grad()

@@ -8,10 +8,15 @@ import tiny
 import torch
 
 from redi.config import TrainConfig, make_config
-from redi.data.pack import IGNORE_INDEX, pack_traces
+from redi.data.pack import IGNORE_INDEX, pack_step, pack_traces
 from redi.model import load_model, load_tokenizer
-from redi.objectives import StepCounts, make_objective
+from redi.objectives import (
+    NEEDS_PAIRS,
+    StepCounts,
+    make_objective,
+)
 from redi.train import load_data
+from redi.vitals import NUM_SUMS, pack_sums, step_means
 
 
 @pytest.fixture(scope="module")
@@ -25,16 +30,29 @@ def step(tmp_path_factory):
             if parameter.ndim >= 2:
                 parameter.mul_(4)  # logits far from uniform
     data = load_data(config, load_tokenizer(config))
-    return model, [trace for example in data.traces[:7] for trace in example]
+    traces = [trace for example in data.traces[:7] for trace in example]
+    refs = torch.linspace(-90, -20, len(traces)).tolist()  # any numbers will do
+    return model, [replace(t, ref_logp=ref) for t, ref in zip(traces, refs, strict=True)]
+
+
+def recipe(objective="redi", alpha=0.8):
+    """Of DPO, a beta that fits the sums of these short traces."""
+    beta = {"dpo": 0.3, "simpo": 1.5}.get(objective)
+    content = {
+        "objective": objective, "alpha": alpha, "beta": beta, "simpo_gamma": 0.7,
+        "model_name_or_path": "m", "dataset_name": "d", "output_dir": "o",
+    }  # fmt: skip
+    return make_config(TrainConfig, content, "test")
 
 
 def gradient(model, traces, *, max_tokens, objective="redi", alpha=0.8, counts=None):
     """(loss, gradient, per-trace summed log-probs) of one step, packed under `max_tokens`."""
     counts = counts or StepCounts.of(traces)
-    objective = make_objective(objective, alpha)
+    pairs = objective in NEEDS_PAIRS
+    objective = make_objective(recipe(objective, alpha))
     model.zero_grad()
     loss, logps = 0.0, {}
-    for pack in pack_traces(traces, max_tokens):
+    for pack in pack_step(traces, max_tokens, pairs=pairs):
         out = model(pack, partial(objective, counts))
         out.loss.backward()
         loss += out.loss.item()
@@ -62,9 +80,14 @@ def padded_oracle(model, traces, alpha, objective="redi"):
         positions = torch.arange(trace.num_prompt_tokens, len(trace.input_ids))
         logp = logps_SLV[i, positions - 1, ids_SL[i, positions]]
         tokens.append(logp)
-        (chosen if trace.is_chosen else rejected).append(logp.sum() / len(positions))
+        score = logp.sum() - trace.ref_logp if objective == "dpo" else logp.mean()
+        (chosen if trace.is_chosen else rejected).append(score)
     if objective == "sft":
         loss = -torch.cat(tokens).mean()
+    elif objective in NEEDS_PAIRS:
+        beta, gamma = (0.3, 0) if objective == "dpo" else (1.5, 0.7)
+        gaps = torch.stack(chosen) - torch.stack(rejected)
+        loss = -(beta * gaps - gamma).sigmoid().log().mean()
     else:
         loss = -torch.stack(chosen).mean() + alpha * torch.stack(rejected).mean()
     loss.backward()
@@ -77,20 +100,65 @@ def assert_same(gradient, truth, tolerance=2e-6):
     assert (gradient - truth).norm() <= tolerance * truth.norm()
 
 
-def test_any_packing_gives_the_same_gradient(step):
+@pytest.mark.parametrize("objective", ["redi", "dpo", "simpo"])
+def test_any_packing_and_order_give_the_same_gradient(step, objective):
+    """Down to every trace, or pair, alone, as with accumulation; uneven packs between."""
     model, traces = step
-    whole, truth, _ = gradient(model, traces, max_tokens=10_000)
-    for max_tokens in (1, 40, 64, 100):  # 1: every trace alone, as with accumulation
-        loss, grad, _ = gradient(model, traces, max_tokens=max_tokens)
-        assert loss == pytest.approx(whole, abs=1e-6)
-        assert_same(grad, truth)
+    whole, truth, _ = gradient(model, traces, max_tokens=10_000, objective=objective)
+    for max_tokens in (1, 40, 64, 100):
+        for order in (traces, traces[::-1]):
+            loss, grad, _ = gradient(model, order, max_tokens=max_tokens, objective=objective)
+            assert loss == pytest.approx(whole, abs=2e-6)
+            assert_same(grad, truth)
 
 
-def test_order_within_the_step_does_not_matter(step):
+def test_pairs_weigh_the_same_in_uneven_packs(step):
+    """ms-swift#10144: of four pairs in packs of one and three, a mean per pack weighs 1/2 and
+    thrice 1/6; each must weigh 1/4."""
     model, traces = step
-    _, truth, _ = gradient(model, traces, max_tokens=64)
-    _, grad, _ = gradient(model, traces[::-1], max_tokens=64)
-    assert_same(grad, truth)
+    four = traces[:8]
+    alone = [
+        gradient(model, four[i : i + 2], max_tokens=10_000, objective="dpo")[1]
+        for i in (0, 2, 4, 6)
+    ]
+    objective, got = make_objective(recipe("dpo")), torch.zeros_like(alone[0])
+    for part in (four[:2], four[2:]):
+        (pack,) = pack_traces(part, 10_000)
+        model.zero_grad()
+        model(pack, partial(objective, StepCounts.of(four))).loss.backward()
+        got += flat_gradient(model)
+    assert_same(got, sum(alone) / 4)
+    skewed = alone[0] / 2 + sum(alone[1:]) / 6
+    assert (got - skewed).norm() > 0.1 * got.norm()
+
+
+@pytest.mark.parametrize("objective", ["dpo", "simpo"])
+def test_rewards_are_what_the_loss_sees(step, objective):
+    model, traces = step
+    counts, sums, loss = StepCounts.of(traces), torch.zeros(NUM_SUMS), 0.0
+    packs = pack_step(traces, 64, pairs=True)
+    assert len(packs) > 2
+    for pack in [*packs, packs[0].without_targets()]:  # as on a rank that keeps step
+        out = model(pack, partial(make_objective(recipe(objective)), counts))
+        sums += pack_sums(pack, out)
+        loss += out.loss.item()
+    row = step_means(sums.tolist(), counts, rewards=True)
+    _, _, logps = gradient(model, traces, max_tokens=10_000)
+    reward = {
+        (t.example, t.is_chosen): 0.3 * (logps[t.example, t.is_chosen] - t.ref_logp)
+        if objective == "dpo"
+        else 1.5 * logps[t.example, t.is_chosen] / (len(t.input_ids) - t.num_prompt_tokens)
+        for t in traces
+    }
+    margins = torch.tensor([reward[i, True] - reward[i, False] for i in range(7)])
+    assert row["rewards/chosen"] == pytest.approx(
+        sum(reward[i, True] for i in range(7)) / 7, rel=1e-5
+    )
+    assert row["rewards/margins"] == pytest.approx(margins.mean().item(), rel=1e-4)
+    assert row["rewards/accuracies"] == pytest.approx((margins > 0).float().mean().item())
+    gamma = 0 if objective == "dpo" else 0.7
+    want = -torch.nn.functional.logsigmoid(margins - gamma).mean().item()
+    assert loss == pytest.approx(want, rel=1e-5)
 
 
 def test_a_wrong_denominator_is_seen(step):
@@ -102,7 +170,7 @@ def test_a_wrong_denominator_is_seen(step):
     assert (grad - truth).norm() > 0.1 * truth.norm()
 
 
-@pytest.mark.parametrize("objective", ["redi", "sft"])
+@pytest.mark.parametrize("objective", ["redi", "sft", "dpo", "simpo"])
 def test_packed_equals_padded(step, objective):
     model, traces = step
     traces = [t for t in traces if t.is_chosen] if objective == "sft" else traces
@@ -139,7 +207,7 @@ def test_rejected_term_is_minus_alpha_times_the_same_trace_as_chosen(step):
 def test_prompts_get_no_gradient(step):
     """The head's hidden states at positions that predict prompt tokens: exactly zero."""
     model, traces = step
-    counts, objective = StepCounts.of(traces), make_objective("redi", 0.8)
+    counts, objective = StepCounts.of(traces), make_objective(recipe("redi", 0.8))
     pack = pack_traces(traces, 10_000)[0]
     x_TH = model(pack, lambda x, w, p, options: x).detach().requires_grad_()
     w_VH = model.lm.lm_head.weight

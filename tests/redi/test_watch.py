@@ -21,7 +21,7 @@ from redi.monitor import TrainState, read_metrics
 from redi.objectives import PackLoss, StepCounts
 from redi.screen import Screen
 from redi.train import train
-from redi.vitals import PROBE_TRACES, entropy_sums, pack_sums, step_means
+from redi.vitals import NUM_SUMS, PROBE_TRACES, entropy_sums, pack_sums, step_means
 
 
 def make_traces(lengths, prompt=3):
@@ -43,7 +43,7 @@ def test_vitals_are_those_of_each_trace(lm):
     draw = torch.Generator().manual_seed(1)
     logps = [-12 * torch.rand(len(t.input_ids) - 3, generator=draw) for t in traces]
     chosen, rejected = logps[0::2], logps[1::2]
-    sums = torch.zeros(6)
+    sums = torch.zeros(NUM_SUMS)
     for pack in pack_traces(traces, 24):
         inside = [logp for logp in logps if len(logp) + 3 in pack.seqlens]  # in the same order
         assert len(inside) == 2
