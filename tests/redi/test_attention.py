@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from redi import attention
 
@@ -79,23 +80,75 @@ def test_a_mask_is_refused():
         )
 
 
-def test_no_memory_quadratic_in_the_pack():
+class Watch(TorchDispatchMode):
+    """The largest tensor made, and the FLOP of attention: 2 per query, key and channel, twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = self.flop = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        outs = out if isinstance(out, (tuple, list)) else [out]
+        self.largest = max([self.largest, *(o.numel() for o in outs if torch.is_tensor(o))])
+        name = func.overloadpacket.__name__
+        if name.startswith("_scaled_dot_product") and "backward" not in name:
+            q, k = args[:2]
+            self.flop += 4 * q.numel() * k.shape[2]
+        elif name == "bmm":  # scores, and their mean of values
+            self.flop += 2 * args[0].numel() * args[1].shape[2]
+        return out
+
+
+SHAPINGS = [{}, {"sliding_window": 16}, {"softcap": 5.0}]
+
+
+@pytest.mark.parametrize("shaping", SHAPINGS)
+def test_no_memory_quadratic_in_the_pack(shaping):
     """1,024 traces of 32 tokens: a T*T mask or score matrix alone would be a gigabyte and more."""
     seqlens = (32,) * 1024
     q = torch.randn(1, 2, sum(seqlens), 8, requires_grad=True)
-    largest = 0
-
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            outs = out if isinstance(out, (tuple, list)) else [out]
-            largest = max([largest, *(o.numel() for o in outs if isinstance(o, torch.Tensor))])
-            return out
-
-    with Largest():
+    with Watch() as watch:
         out, _ = attention.varlen_attention(
-            None, q, q, q, None, cu_seqlens=torch.arange(0, 32769, 32).int(), seqlens=seqlens
-        )
+            None, q, q, q, None,
+            cu_seqlens=torch.arange(0, 32769, 32).int(), seqlens=seqlens, **shaping,
+        )  # fmt: skip
         out.sum().backward()
-    assert largest <= 2 * q.numel()
+    # The scores of a trace are 32 a query: four times its channels.
+    assert watch.largest <= (4 if shaping else 2) * q.numel()
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_no_mask_in_the_whole_model(family):
+    """T*T is 2.4 million; the largest tensor is a layer's, T times a few dozen."""
+    lm = tiny.make_lm(family)
+    rows = [torch.arange(31) % 96] * 50
+    with Watch() as watch:
+        run_packed(lm, rows).sum().backward()
+    assert watch.largest < 1550**2 / 10
+
+
+@pytest.mark.parametrize("shaping", SHAPINGS)
+def test_cost_grows_with_the_sum_of_squared_lengths(shaping):
+    """Measured in FLOP: twice the traces cost twice as much, twice the length four times; with a
+    window twice; soft-capped somewhat less than four times, in blocks that end at the diagonal."""
+
+    def flop(*seqlens):
+        q = torch.randn(1, 2, sum(seqlens), 8)
+        cu_seqlens = torch.tensor((0, *seqlens)).cumsum(0).int()
+        with Watch() as watch:
+            attention.varlen_attention(
+                None, q, q, q, None, cu_seqlens=cu_seqlens, seqlens=seqlens, **shaping
+            )
+        return watch.flop
+
+    one = flop(1024)
+    assert one > 0
+    assert flop(1024, 1024) == 2 * one
+    growth = flop(2048) / one
+    assert growth < 2.2 if "sliding_window" in shaping else 3 < growth <= 4
+    uneven = (900, 30, 400, 7, 7, 80)
+    whole = sum(flop(n) for n in uneven)
+    assert flop(*uneven) == whole  # trace by trace
+    even = (70, 64, 50, 61)  # side by side: padded, at most to twice the tokens
+    assert flop(*even) <= 2 * sum(flop(n) for n in even)
