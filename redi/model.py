@@ -21,7 +21,7 @@ from redi.errors import RediError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 Out = TypeVar("Out")
-# A loss head: (x_TH, w_VH, pack, options that shape the logits) -> anything.
+# A loss head: (x_TH, w_VH, pack, options of `redi_kernels`' losses) -> anything.
 Head = Callable[[Tensor, Tensor, Pack, dict[str, Any]], Out]
 
 
@@ -53,7 +53,8 @@ class PackedLM(nn.Module):
                 cu_seqlens=pack.cu_seqlens,
                 seqlens=pack.seqlens,
             ).last_hidden_state
-            return head(x_1TH[0], self.lm.lm_head.weight, pack, self.logit_options())
+            options = {**self.logit_options(), "num_valid": pack.num_targets}
+            return head(x_1TH[0], self.lm.lm_head.weight, pack, options)
 
     def logit_options(self) -> dict[str, Any]:
         """How this family shapes its logits, in `redi_kernels`' words."""

@@ -140,6 +140,7 @@ def _shapes(seqlens: tuple[int, ...]) -> Pack:
         is_chosen_S=torch.zeros(len(seqlens), dtype=torch.bool),
         seqlens=seqlens,
         examples=(0,) * len(seqlens),
+        num_targets=len(ids_T),
     )
 
 

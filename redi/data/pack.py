@@ -22,7 +22,7 @@ SQUARES = 2.8e-5
 
 @dataclass(frozen=True)
 class Pack:
-    """T tokens of S whole traces. Host tensors; `seqlens` and `examples` spare device syncs."""
+    """T tokens of S whole traces. Host tensors; what is no tensor spares device syncs."""
 
     input_ids_T: Tensor  # int64
     position_ids_T: Tensor  # int64, restart at 0 in each trace
@@ -31,8 +31,12 @@ class Pack:
     is_chosen_S: Tensor  # bool
     seqlens: tuple[int, ...]
     examples: tuple[int, ...]  # which example each trace came from
+    num_targets: int  # other than -100
     ref_logps_S: Tensor | None = None  # float32, where all its traces have one (DPO)
-    is_trained: bool = True
+
+    @property
+    def is_trained(self) -> bool:
+        return self.num_targets > 0
 
     def to(self, device: torch.device | str) -> "Pack":
         """The same pack with its tensors on `device`."""
@@ -46,7 +50,7 @@ class Pack:
     def without_targets(self) -> "Pack":
         """The same tokens, none of them trained: keeps a rank in step, and adds nothing."""
         targets_T = torch.full_like(self.targets_T, IGNORE_INDEX)
-        return replace(self, targets_T=targets_T, is_trained=False)
+        return replace(self, targets_T=targets_T, num_targets=0)
 
 
 def pack_traces(traces: Sequence[Trace], max_tokens: int) -> list[Pack]:
@@ -181,14 +185,16 @@ def _pack(traces: list[Trace]) -> Pack:
     seqlens = tuple(len(trace.input_ids) for trace in traces)
     refs = [trace.ref_logp for trace in traces if trace.ref_logp is not None]
     input_ids_T = np.concatenate([trace.input_ids for trace in traces]).astype(np.int64)
+    targets_T = np.concatenate([_targets(trace) for trace in traces])
     return Pack(
         input_ids_T=torch.from_numpy(input_ids_T),
         position_ids_T=torch.from_numpy(np.concatenate([np.arange(n) for n in seqlens])),
-        targets_T=torch.from_numpy(np.concatenate([_targets(trace) for trace in traces])),
+        targets_T=torch.from_numpy(targets_T),
         cu_seqlens=torch.from_numpy(np.cumsum((0, *seqlens)).astype(np.int32)),
         is_chosen_S=torch.tensor([trace.is_chosen for trace in traces], dtype=torch.bool),
         seqlens=seqlens,
         examples=tuple(trace.example for trace in traces),
+        num_targets=int((targets_T != IGNORE_INDEX).sum()),
         ref_logps_S=torch.tensor(refs) if len(refs) == len(traces) else None,
     )
 
