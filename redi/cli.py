@@ -62,9 +62,9 @@ def train(
     from redi.train import train as train_stage
 
     result = train_stage(settings, name=settings.objective)
-    distributed.teardown()  # not after an error: it would wait for ranks that have ended
     if os.environ.get("RANK", "0") == "0":
         print(f"model: {result.output_dir} ({result.steps} steps)")
+    distributed.teardown()  # not after an error: it would wait for ranks that have ended
 
 
 @app.command(context_settings=FIELDS)
