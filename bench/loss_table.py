@@ -194,6 +194,7 @@ Mean NLL of real hidden states, forward and backward, all in every round. {machi
   over tokens.
 
 `python bench/activations.py MODEL DATA.jsonl` makes the states; `make bench` makes this page.
+Tables of one round were added with `--append`: read them as indications.
 """
 
 
