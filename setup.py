@@ -52,7 +52,9 @@ setup(
     # `kernels/` is a plain folder: as a package it would shadow the pip package of that name.
     package_dir={"redi": "redi", "redi_kernels": "kernels/redi_kernels"},
     packages=["redi", "redi.data", "redi_kernels", "redi_kernels.triton"],
+    package_data={"redi": ["templates/*"]},
     install_requires=[
+        "jinja2",
         "torch>=2.8",
         "transformers>=5.10.4",  # earlier 5.x trips over a folder called `kernels`
         "numpy",

@@ -12,7 +12,7 @@ Any field of a recipe can be given as `--field value`; inside a section, as `--s
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
@@ -100,6 +100,75 @@ def evaluate(
 
     result = evaluate_model(model, _config(EvalConfig, config, context.args), output_dir)
     print_table(model_table({Path(model).name: result}))
+
+
+@app.command()
+def report(
+    run_dir: Path,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="default: results.html in it")
+    ] = None,
+) -> None:
+    """A run, finished or not, as one self-contained page."""
+    from redi.run_page import write_run_page
+
+    print(f"page: {write_run_page(run_dir, output)}")
+
+
+@app.command()
+def traces(
+    before: Annotated[str, typer.Argument(help="model folder or hub name, as SFT's")],
+    after: Annotated[str, typer.Argument(help="another, as REDI's")],
+    dataset_name: Annotated[str, typer.Option("--dataset_name", "--dataset-name")],
+    output: Annotated[Path, typer.Option("--output")] = Path("traces.html"),
+    num_problems: Annotated[int, typer.Option("--num_problems", "--num-problems", min=1)] = 50,
+    sort: Annotated[
+        Literal["change", "id"], typer.Option("--sort", help="id: as in the file")
+    ] = "change",
+) -> None:
+    """Right and wrong traces under two models, coloured by each token's change of log-prob."""
+    from redi.trace_page import write_trace_page
+
+    file = write_trace_page(
+        before, after, dataset_name, output, num_problems=num_problems, sort=sort
+    )
+    print(f"page: {file}")
+
+
+@data_app.command("report")
+def data_report(
+    data_dir: Path,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="default: report.html in it")
+    ] = None,
+) -> None:
+    """What `redi data build` did, as a page: counts, lengths, drops, sources, overlap."""
+    from redi.data_page import write_data_page
+
+    print(f"page: {write_data_page(data_dir, output)}")
+
+
+@data_app.command("show")
+def data_show(
+    path: Annotated[str, typer.Argument(help="positives.parquet, pairs.parquet or ready rows")],
+    tokenizer: Annotated[str, typer.Option("--tokenizer", help="model folder or hub name")],
+    row: Annotated[
+        int | None, typer.Option("--row", min=1, help="from 1; default: the first")
+    ] = None,
+    id: Annotated[str | None, typer.Option("--id")] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="an HTML page")] = None,
+) -> None:
+    """One row as training sees it: which tokens are masked, trained, the stop token."""
+    from redi.data_page import find_example, print_traces, shown_traces, write_show_page
+
+    if row is not None and id is not None:
+        raise RediError("--row and --id: give one of them")
+    example = find_example(path, row=row, id=id)
+    shown = shown_traces(example, _tokenizer(tokenizer))
+    if output is None:
+        print_traces(example, shown)
+    else:
+        print(f"page: {write_show_page(example, shown, path, output)}")
 
 
 @data_app.command("build", context_settings=FIELDS)

@@ -70,18 +70,27 @@ class PackedLM(nn.Module):
 
 
 @torch.no_grad()
-def sequence_logps(model: PackedLM, packs: Iterable[Pack]) -> Iterator[tuple[Pack, Tensor, Tensor]]:
-    """Yields (pack, summed log-prob per trace [S] fp32, trained tokens per trace [S]) for each
-    pack."""
-    from redi_kernels import sequence_logprobs, token_logprobs
+def token_logps(model: PackedLM, packs: Iterable[Pack]) -> Iterator[tuple[Pack, Tensor]]:
+    """Yields (pack on the model's device, log-prob of each token's target [T] fp32, 0 where there
+    is none) for each pack."""
+    from redi_kernels import token_logprobs
 
     def head(x_TH, w_VH, pack, options):
-        logp_T = token_logprobs(x_TH, w_VH, pack.targets_T, **options).logp_T
-        return sequence_logprobs(logp_T, pack.cu_seqlens, pack.targets_T)
+        return token_logprobs(x_TH, w_VH, pack.targets_T, **options).logp_T
 
     device = next(model.parameters()).device
     for pack in packs:
-        sequences = model(pack.to(device), head)
+        pack = pack.to(device)
+        yield pack, model(pack, head)
+
+
+def sequence_logps(model: PackedLM, packs: Iterable[Pack]) -> Iterator[tuple[Pack, Tensor, Tensor]]:
+    """Yields (pack, summed log-prob per trace [S] fp32, trained tokens per trace [S]) for each
+    pack."""
+    from redi_kernels import sequence_logprobs
+
+    for pack, logp_T in token_logps(model, packs):
+        sequences = sequence_logprobs(logp_T, pack.cu_seqlens, pack.targets_T)
         yield pack, sequences.sum_S, sequences.length_S
 
 

@@ -45,7 +45,7 @@ def draw_curves(
     for ax, (key, name) in zip(
         figure.subplots(rows, columns, squeeze=False).flat, panels, strict=False
     ):
-        curves = [_points(run, key) for run in runs.values()]
+        curves = [points(run, key) for run in runs.values()]
         sign = _scale(ax, np.concatenate([values for _, values in curves]))
         for i, (steps, values) in enumerate(curves):
             style = {"color": COLOURS[i % 7], "linestyle": LINES[i // 7 % 4]}
@@ -118,9 +118,10 @@ def _save(figure: Any, file: Path, title: str) -> None:
     publish(aside.parent, {aside.name: file})
 
 
-def _points(run: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    points = [(row["step"], row[key]) for row in run if row.get(key) is not None]
-    steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+def points(run: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of the rows that have `key`."""
+    found = [(row["step"], row[key]) for row in run if row.get(key) is not None]
+    steps, values = np.array(found, dtype=float).reshape(-1, 2).T
     return steps, values
 
 

@@ -7,6 +7,8 @@
     output_dir/<arm>       stage 2, one folder an arm
     output_dir/eval/<m>    samples and metrics of each model
     output_dir/results.md  the table; curves.png beside it
+    output_dir/results.html  all of it on one page
+    output_dir/recipe.yaml   what was run
 
 Every step is skipped when its result is there and belongs to the same settings, so that a run can
 be interrupted anywhere and continued by the same command.
@@ -21,12 +23,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from redi.config import DataConfig, EvalConfig, RunConfig, TrainConfig, load_config, make_config
 from redi.errors import RediError
 from redi.evaluate import EvalResult, evaluate
 from redi.files import write_text
 from redi.monitor import ticker
 from redi.report import write_report
+from redi.run_page import RECIPE, write_run_page
 
 DONE = "done.json"
 
@@ -96,6 +101,9 @@ def run(
             "redi run is one process: under torchrun run its stages one by one, with redi train"
         )
     job.root.mkdir(parents=True, exist_ok=True)
+    ran = yaml.safe_dump(config.model_dump(exclude_unset=True), sort_keys=False, allow_unicode=True)
+    if not (job.root / RECIPE).exists():
+        write_text(job.root / RECIPE, ran)
     if config.task is not None:
         _make_task(job)
     _build_data(job)
@@ -107,7 +115,9 @@ def run(
         if name != "pretrain":
             _say(f"== evaluating {name}")
             results[name] = evaluate(stage.output_dir, job.eval, job.root / "eval" / name)
+    write_text(job.root / RECIPE, ran)  # not before: the folder may belong to another recipe
     write_report(job.root, results, baseline=config.baseline, title=config.name)
+    print(f"page: {write_run_page(job.root)}", flush=True)
     return results
 
 

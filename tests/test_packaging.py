@@ -61,7 +61,9 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         (copy / name).write_bytes((ROOT / name).read_bytes())
     for package in ("redi", "kernels"):
-        for file in (ROOT / package).rglob("*.py"):
+        for file in (ROOT / package).rglob("*.*"):
+            if file.suffix == ".pyc" or not file.is_file():
+                continue
             target = copy / file.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(file.read_bytes())
@@ -87,6 +89,11 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_wheel_installs_exactly_two_top_level_names(wheel_names: list[str]) -> None:
     tops = {name.split("/")[0] for name in wheel_names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"redi", "redi_kernels"}
+
+
+def test_wheel_holds_the_templates_of_the_pages(wheel_names: list[str]) -> None:
+    templates = {f"redi/templates/{p.name}" for p in (ROOT / "redi" / "templates").iterdir()}
+    assert templates and templates <= set(wheel_names)
 
 
 def test_wheel_holds_every_module(wheel_names: list[str]) -> None:
