@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup, escape
 
+from redi.pages import visible
 from redi.plots import smooth
 
 WIDTH, HEIGHT = 400, 220
@@ -182,10 +183,12 @@ def _grid(
         lines.append(
             f'<text x="{x_axis.at(tick)}" y="{BOTTOM + 15}" text-anchor="middle">{text}</text>'
         )
-    lines.append(f'<text x="{RIGHT}" y="{BOTTOM + 28}" text-anchor="end">{escape(x_name)}</text>')
+    lines.append(
+        f'<text x="{RIGHT}" y="{BOTTOM + 28}" text-anchor="end">{escape(visible(x_name))}</text>'
+    )
     return "".join(lines)
 
 
 def _svg(label: str, parts: list[str]) -> Markup:
-    box = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}"'
+    box = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(visible(label))}"'
     return Markup(f"<svg {box}>{''.join(parts)}</svg>")

@@ -53,7 +53,7 @@ def token_spans(tokens: Iterable[tuple[str, str, str]]) -> Markup:
     parts = []
     for text, kind, title in tokens:
         shown = escape(visible(text).replace("\n", "↵\n"))
-        note = f' title="{escape(title)}"' if title else ""
+        note = f' title="{escape(visible(title))}"' if title else ""
         parts.append(f"<i class={kind}{note}>{shown}</i>")
     return Markup("".join(parts))
 
@@ -86,7 +86,7 @@ def _environment() -> Any:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda x: visible(x) if type(x) is str else x,
+        finalize=lambda x: x if isinstance(x, Markup) else visible(str(x)),
     )
     environment.filters |= {"clip": clip, "prompt": prompt_text}
     return environment

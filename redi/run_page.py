@@ -75,7 +75,7 @@ def write_run_page(root: Path, file: Path | None = None) -> Path:
         legend_of_parts=[(part, f"b{i}") for i, part in enumerate(PARTS)],
         warnings=[text for name, stage in stages.items() for text in _warnings(name, stage)],
         data=_read_json(root / "data" / "report.json"),
-        samples=_samples(root, results),
+        samples=samples_of(results, {n: root / "eval" / n for n in results}, root / "task"),
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else "",
     )
 
@@ -227,19 +227,24 @@ def _best(results: Mapping[str, EvalResult], baseline: str | None) -> dict[str, 
     return {"name": best, "score": row[1], "versus": "" if best == baseline else versus}
 
 
-def _samples(root: Path, results: Mapping[str, EvalResult]) -> list[dict[str, Any]]:
-    """Problems with every model's first sample: those on which the models differ most, first."""
+def samples_of(
+    results: Mapping[str, EvalResult], folders: Mapping[str, Path], task_dir: Path | None = None
+) -> list[dict[str, Any]]:
+    """Problems with every model's first sample: those on which the models differ most, first.
+
+    `folders` hold the evaluations; `task_dir` may hold a run's own problems, moved along with it.
+    """
     if len({result.problem_ids for result in results.values()}) != 1:
         return []
     rate_MP = np.array([result.correct_PN.mean(axis=1) for result in results.values()])
     order = np.argsort(-np.ptp(rate_MP, axis=0), kind="stable")
     shown: dict[int, dict[str, Any]] = {int(p): {} for p in order[:SAMPLES]}
     for name in results:
-        with (root / "eval" / name / "generations.jsonl").open(encoding="utf-8") as lines:
+        with (folders[name] / "generations.jsonl").open(encoding="utf-8") as lines:
             for row in map(json.loads, lines):
                 if row["problem"] in shown and row["sample"] == 0:
                     shown[row["problem"]][name] = row
-    questions = _questions(root, root / "eval" / next(iter(results)))
+    questions = _questions(folders[next(iter(results))], task_dir)
     ids = next(iter(results.values())).problem_ids
     rates = {p: dict(zip(results, rate_MP[:, p].tolist(), strict=True)) for p in shown}
     return [
@@ -248,14 +253,14 @@ def _samples(root: Path, results: Mapping[str, EvalResult]) -> list[dict[str, An
     ]
 
 
-def _questions(root: Path, folder: Path) -> dict[str, Any]:
-    """The problems asked, by id; none where the dataset is gone. A run's own moves along."""
+def _questions(folder: Path, task_dir: Path | None) -> dict[str, Any]:
+    """The problems asked, by id; none where the dataset is gone."""
     from redi.config import EvalConfig, make_config
     from redi.evaluate import read_questions
 
     settings = _read_json(folder / "evaluation.json").get("config", {})
     name = Path(settings.get("dataset_name", ""))
-    for file in (name, root / "task" / name.name):
+    for file in (name, (task_dir or name.parent) / name.name):
         try:
             config = make_config(EvalConfig, settings | {"dataset_name": str(file)}, str(folder))
             return {question.id: question for question in read_questions(config)}

@@ -58,7 +58,6 @@ def write_trace_page(
         file,
         "traces.html",
         title=" → ".join(names),
-        names=names,
         folders=(before, after),
         dataset=dataset_name,
         num_scored=len(scored),

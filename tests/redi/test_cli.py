@@ -232,3 +232,23 @@ def test_fields_without_values_and_stray_words(redi, tmp_path):
         redi("train", "--config", recipe(tmp_path), "--max_steps"), "--max_steps: needs a value"
     )
     refused(redi("train", "--config", recipe(tmp_path), "stray"), "stray", "--field value")
+
+
+def test_pages(redi, tmp_path):
+    assert redi("train", "--config", recipe(tmp_path), "--max_steps", 2)[0] == 0
+    out, pairs = tmp_path / "out", tmp_path / "pairs.jsonl"
+    assert f"page: {out / 'results.html'}" in redi("report", out)[1]
+    page = tmp_path / "traces.html"
+    args = ("--dataset_name", pairs, "--output", page, "--num_problems", 3, "--sort", "id")
+    assert redi("traces", out, out, *args)[0] == 0
+    assert page.read_text().count("<article>") == 3
+    _, shown, _ = redi(
+        "data", "show", pairs, "--tokenizer", tmp_path / "tokenizer", "--id", "sum-2"
+    )
+    assert "chosen, trained" in shown and "7+3=10" in shown
+    args = ("data", "show", pairs, "--tokenizer", tmp_path / "tokenizer")
+    assert redi(*args, "--row", 2, "--output", tmp_path / "show.html")[0] == 0
+    assert "sum-1" in (tmp_path / "show.html").read_text()
+    refused(redi(*args, "--row", 2, "--id", "x"), "--row and --id")
+    refused(redi("report", tmp_path / "tokenizer"), "no run")
+    refused(redi("data", "report", tmp_path), "report.json")

@@ -221,3 +221,12 @@ def test_half_a_folder_is_made_anew(tmp_path):
     assert json.loads((folder / "done.json").read_text()) == {"a": 1}
     with pytest.raises(RediError, match="other settings"):
         run_module._once(folder, {"a": 2}, work)
+
+
+def test_the_page_and_the_recipe_are_left_behind(straight):
+    root, results = straight
+    page = (root / "results.html").read_text()
+    for name, result in results.items():
+        assert name in page and f"{100 * result.pass_at_1:.1f}" in page
+    again = load_config(RunConfig, root / "recipe.yaml", {})
+    assert again == load_config(RunConfig, root.parent / "recipe.yaml", {})
