@@ -115,7 +115,7 @@ def score_bars(results: Mapping[str, EvalResult]) -> list[dict[str, Any]]:
     colours, bars = colours_of(results), []
     for name, result in results.items():
         score = bootstrap(100 * result.correct_PN.mean(axis=1))
-        figures = {"mean": score.mean, "low": score.low, "high": score.high}
+        figures = {"mean": 100 * result.pass_at_1, "low": score.low, "high": score.high}
         bars.append({"name": name, "colour": f"b{colours[name] % 7}", **figures})
     return bars
 
