@@ -8,9 +8,10 @@ import re
 import sys
 from collections.abc import Callable
 from decimal import Decimal
-from typing import Literal
+from typing import Any, Literal
 
 Verdict = Literal["correct", "wrong", "unparsable", "timeout"]
+Grader = Literal["math_verify", "rllm"]
 
 MAX_CHARS = 4000  # of an answer, or of the end of a text that marks none; longer is no answer
 _MEMORY_LIMIT = 4 << 30  # bytes a worker may map: 9^9^9^9 must not take the machine down
@@ -19,6 +20,9 @@ _BRACE = re.compile(r"\\.|[{}]", re.S)  # \{ is no brace
 _LAST_LINE = re.compile(r"(?:^|\n)[ *]*(?:final )?a(?:nswer)?[ *]*:[ *]*([^\n]+)\s*\Z", re.I)
 _NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?:\.[0-9]*)?")
 _NOISE = str.maketrans("", "", " \t\n$")
+_SPACE = re.compile(r"\\[ ,;:!]|\s(?!\s*\d)|(?<!\d)\s|[$~]|\.$")  # none between digits
+_WORD = re.compile(r"[a-zA-Z]{2}")
+_DIGITS_APART = re.compile(r"(?<=\d)\s+(?=\d)")  # 3 5/8 is not 35/8
 
 
 def extract_answer(text: str) -> str | None:
@@ -38,19 +42,22 @@ def quick_verdict(given: str, expected: str) -> Verdict | None:
     """The verdict where no algebra is needed: the same text, or two plain numbers; else None.
 
     Numbers may have thousands separators, dollar signs, a final period, and a percent sign if both
-    have it (whether 50% is 50 or 0.5 is left to math-verify).
+    have it (whether 50% is 50 or 0.5 is left to math-verify). Two numbers that agree in six
+    decimals or more, as far as the shorter one goes, are equal: 0.333333 and 0.3333333.
     """
-    a, b = (text.replace("\\$", "").translate(_NOISE) for text in (given, expected))
+    texts = (_DIGITS_APART.sub("~", text).replace("\\$", "") for text in (given, expected))
+    a, b = (text.translate(_NOISE) for text in texts)
     if a == b and a:
         return "correct"
     if a.endswith("%") and b.endswith("%"):
         a, b = a.rstrip("\\%"), b.rstrip("\\%")
     if len(a) > 40 or len(b) > 40 or not (_NUMBER.fullmatch(a) and _NUMBER.fullmatch(b)):
         return None
-    difference = abs(Decimal(a.replace(",", "")) - Decimal(b.replace(",", "")))
-    if difference == 0:
-        return "correct"
-    return "wrong" if difference > Decimal("0.001") else None  # rounded decimals: math-verify's
+    x, y = (Decimal(text.replace(",", "")) for text in (a, b))
+    places = min(len(text.partition(".")[2]) for text in (a, b))
+    is_near = abs(x - y) <= Decimal("5e-6") * max(abs(x), abs(y))
+    is_rounded = places >= 6 and is_near and round(x, places) == round(y, places)
+    return "correct" if x == y or is_rounded else "wrong"
 
 
 def excerpt(text: str, answer: str | None) -> str:
@@ -62,27 +69,81 @@ def excerpt(text: str, answer: str | None) -> str:
 
 
 def judge(text: str, answer: str) -> Verdict:
-    """math-verify's verdict on an `excerpt`; "unparsable" if either side holds no answer."""
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+    """The verdict on an `excerpt`; "unparsable" if either side holds no answer."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    from redi.data.notation import align, rewrite, unwrap
 
     # The box wins over phrases such as "the answer is". No time limit: see verify.py.
     kinds = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    box = _last_box(text)
     try:
+        if box is None:
+            text, answer = rewrite(text), rewrite(answer)
+        else:
+            given = text[box[1] : box[2] - 1]
+            if unwrap(given) != given or unwrap(answer) != answer:
+                a, b = (_SPACE.sub("", unwrap(side)) for side in (given, answer))
+                if a and (a == b or (_WORD.search(a) and a.casefold() == b.casefold())):
+                    return "correct"
+            pair = align(rewrite(given), rewrite(answer))
+            if pair is None:
+                return "wrong"
+            given, answer = pair
+            quick = quick_verdict(given, answer)
+            if quick:
+                return quick
+            text = f"{rewrite(text[: box[1]])}{given}}}"
         gold = parse(f"\\boxed{{{answer}}}", kinds, parsing_timeout=None, raise_on_error=True)
-        given = parse(text, kinds, parsing_timeout=None, raise_on_error=True)
-        if not gold or not given:
+        found = parse(text, kinds, parsing_timeout=None, raise_on_error=True)
+        if not gold or not found:
             return "unparsable"
-        is_correct = verify(gold, given, timeout_seconds=None, raise_on_error=True)
+        return "correct" if _is_equal(gold, found, "%" in text + answer) else "wrong"
     except Exception:  # parsers fail in many ways on text that holds no answer
         return "unparsable"
-    return "correct" if is_correct else "wrong"
+
+
+def _is_equal(gold: list, found: list, has_percent: bool) -> bool:
+    """math-verify's comparison; then with i as the imaginary unit and sums worked out; never true
+    of two numbers that differ in six significant digits, where it rounds to six decimals."""
+    from math_verify import verify
+    from sympy import Basic, I, Integral, Product, Sum, Symbol
+
+    def compare(gold: list, found: list) -> bool:
+        settings = {"timeout_seconds": None, "raise_on_error": True}
+        return verify(gold, found, allow_set_relation_comp=True, **settings)
+
+    if compare(gold, found):
+        return has_percent or not _differ(gold[0], found[0])
+    if not all(isinstance(side[0], Basic) for side in (gold, found)):
+        return False
+    sides = [side[0] for side in (gold, found)]
+    if not any(x.has(Sum, Product, Integral) or "i" in map(str, x.free_symbols) for x in sides):
+        return False
+    for k, x in enumerate(sides):  # symbols that math-verify takes for real and for complex differ
+        names = {s: I if s.name == "i" else Symbol(s.name, real=True) for s in x.free_symbols}
+        sides[k] = x.subs(names).doit()
+    return compare(sides[:1], sides[1:])
+
+
+def _differ(a: Any, b: Any) -> bool:
+    """Whether both are numbers and not the same one: to six digits where a decimal is among them,
+    else to thirty."""
+    from sympy import Expr, Float
+
+    if not (isinstance(a, Expr) and isinstance(b, Expr) and a.is_number and b.is_number):
+        return False
+    a, b = a.doit(), b.doit()
+    tolerance = 5e-6 if a.has(Float) or b.has(Float) else 1e-30
+    size = max(abs(a.evalf(40)), abs(b.evalf(40)))
+    return bool(abs((a - b).evalf(40)) > tolerance * size)
 
 
 def serve(judge: Callable[[str, str], Verdict]) -> None:
     """The worker: one JSON pair [text, answer] per line in, one verdict per line out, until EOF.
 
     Argument 1 is the parent's sys.path, argument 2 the seconds after which the kernel ends a worker
-    that hangs and whose parent is gone.
+    that hangs and whose parent is gone; argument 3 is the grader.
     """
     import contextlib
     import logging
@@ -99,7 +160,7 @@ def serve(judge: Callable[[str, str], Verdict]) -> None:
     out = os.fdopen(os.dup(1), "w")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)  # what libraries print must not reach the parent
-    judge("\\boxed{1}", "1")  # imports, before the first clock starts
+    judge("\\boxed{x}", "1")  # imports, before the first clock starts
     print("ready", file=out, flush=True)
     os.dup2(nowhere, 2)  # only a failed start is worth reading
     for line in sys.stdin:
@@ -123,5 +184,11 @@ def _last_box(text: str) -> tuple[int, int, int] | None:
     return None
 
 
+def _rllm(given: str, expected: str) -> Verdict:
+    from redi.data.rllm import judge
+
+    return judge(given, expected)
+
+
 if __name__ == "__main__":
-    serve(judge)
+    serve(_rllm if sys.argv[3] == "rllm" else judge)

@@ -20,7 +20,15 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import get_args
 
-from redi.data.judge import MAX_CHARS, Verdict, excerpt, extract_answer, quick_verdict
+from redi.data.judge import (
+    MAX_CHARS,
+    Grader,
+    Verdict,
+    excerpt,
+    extract_answer,
+    quick_verdict,
+)
+from redi.data.rllm import final_answer
 from redi.errors import RediError
 
 __all__ = ["Verdict", "Verifier", "extract_answer", "verify"]
@@ -37,6 +45,7 @@ def verify(
     *,
     num_workers: int | None = None,
     timeout: float = 5.0,
+    grader: Grader = "math_verify",
     progress: Progress | None = None,
 ) -> list[Verdict]:
     """The verdict on each text: does the answer it ends with equal `answers[i]`?
@@ -45,16 +54,23 @@ def verify(
     seconds) are neither right nor wrong. `num_workers` defaults to the number of CPU cores.
     Raises RediError if algebra is needed and math-verify is not installed.
     """
-    with Verifier(num_workers=num_workers, timeout=timeout) as verifier:
+    with Verifier(num_workers=num_workers, timeout=timeout, grader=grader) as verifier:
         return verifier.verify(texts, answers, progress)
 
 
 class Verifier:
     """`verify` with workers that live from call to call; use it as a context manager."""
 
-    def __init__(self, *, num_workers: int | None = None, timeout: float = 5.0) -> None:
+    def __init__(
+        self,
+        *,
+        num_workers: int | None = None,
+        timeout: float = 5.0,
+        grader: Grader = "math_verify",
+    ) -> None:
         self.num_workers = num_workers or _num_cores()
         self.timeout = timeout
+        self.grader = grader
         self._slots: SimpleQueue[_Worker | None] = SimpleQueue()  # None: a worker not yet started
         for _ in range(self.num_workers):
             self._slots.put(None)
@@ -80,12 +96,11 @@ class Verifier:
         verdicts: list[Verdict] = ["unparsable"] * len(texts)
         hard: dict[tuple[str, str], list[int]] = {}  # the same question is asked once
         for i, (text, answer) in enumerate(zip(texts, answers, strict=True)):
-            given, expected = extract_answer(text), extract_answer(answer) or answer.strip()
-            quick = None if given is None else quick_verdict(given, expected)
-            if quick:
-                verdicts[i] = quick
-            elif text.strip() and expected and max(len(given or ""), len(expected)) <= MAX_CHARS:
-                hard.setdefault((excerpt(text, given), expected), []).append(i)
+            question = self._question(text, answer)
+            if isinstance(question, str):
+                verdicts[i] = question
+            else:
+                hard.setdefault(question, []).append(i)
         done = len(texts) - sum(map(len, hard.values()))
         if hard and find_spec("math_verify") is None:
             raise RediError(
@@ -100,6 +115,21 @@ class Verifier:
                 progress(done, len(texts))
         return verdicts
 
+    def _question(self, text: str, answer: str) -> Verdict | tuple[str, str]:
+        """The verdict where no algebra is needed, else what to ask a worker."""
+        expected = extract_answer(answer) or answer.strip()
+        if self.grader == "rllm":
+            given = part = final_answer(text)
+        else:
+            given = extract_answer(text)
+            quick = None if given is None else quick_verdict(given, expected)
+            if quick:
+                return quick
+            part = excerpt(text, given) if text.strip() else None
+        if part is None or not expected or max(len(given or ""), len(expected)) > MAX_CHARS:
+            return "unparsable"
+        return part, expected
+
     def _ask(self, question: tuple[str, str]) -> Verdict:
         worker = self._slots.get()
         try:
@@ -107,7 +137,7 @@ class Verifier:
                 if self._is_closed:
                     break
                 if worker is None or not worker.is_alive():
-                    worker = _Worker(self.timeout)
+                    worker = _Worker(self.timeout, self.grader)
                     self._started.append(worker)
                 verdict = worker.ask(question)
                 if verdict:
@@ -120,10 +150,10 @@ class Verifier:
 class _Worker:
     """One process running judge.py, spoken to in lines."""
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, grader: Grader) -> None:
         self.timeout = timeout
         # -I: nothing of the environment or the current folder gets in front of the standard library
-        arguments = [json.dumps(sys.path), str(2 * timeout + 1)]
+        arguments = [json.dumps(sys.path), str(2 * timeout + 1), grader]
         self._process = subprocess.Popen(
             [sys.executable, "-I", str(WORKER), *arguments],
             stdin=subprocess.PIPE,

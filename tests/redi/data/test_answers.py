@@ -1,0 +1,146 @@
+"""The grader against answers.tsv, whose verdicts were not taken from it, and against sabotage."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from redi.data.judge import judge
+from redi.data.rllm import final_answer
+from redi.data.rllm import judge as rllm_judge
+from redi.data.verify import verify
+
+TABLE = Path(__file__).with_name("answers.tsv")
+_, *ROWS = [
+    line.split("\t")
+    for line in TABLE.read_text(encoding="utf-8").splitlines()
+    if not line.startswith("#")
+]
+
+
+def boxed(given):
+    return given if "box" in given else rf"\boxed{{{given}}}"
+
+
+def test_the_table_is_what_it_says():
+    assert len(ROWS) >= 500
+    assert {len(row) for row in ROWS} == {5}
+    assert {row[3] for row in ROWS} == {"correct", "wrong"}
+    assert len({(expected, given) for _, expected, given, *_ in ROWS}) == len(ROWS)
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_every_verdict_of_the_table(part):
+    """A `known` failure that passes fails too: take its mark away."""
+    rows = ROWS[part::3]
+    texts, answers = [boxed(row[2]) for row in rows], [row[1] for row in rows]
+    verdicts = verify(texts, answers, num_workers=1, timeout=30)
+    differing = {tuple(r) for r, v in zip(rows, verdicts, strict=True) if v != r[3]}
+    assert differing == {tuple(row) for row in rows if row[4] == "known"}
+
+
+def test_known_failures_are_few_and_never_call_a_wrong_answer_correct():
+    known = [row for row in ROWS if row[4] == "known"]
+    assert len(known) <= 7
+    assert {row[3] for row in known} == {"correct"}
+
+
+@pytest.mark.parametrize("shown", ["The value is ${}$.", "First $x=3$, then\n\n$${}$$", "{}"])
+def test_what_stands_before_the_box_does_not_matter(shown):
+    for given, verdict in ((r"\frac{14}{3}", "correct"), (r"4\frac{1}{3}", "wrong")):
+        assert judge(shown.format(boxed(given)), r"4\frac{2}{3}") == verdict
+
+
+HOSTILE = {
+    "tower": r"\boxed{9^{9^{9^9}}}",
+    "factorials": r"\boxed{((10!)!)!}",
+    "huge power": r"\boxed{7^{123456789012}}",
+    "huge exponent": r"\boxed{1e999999999}",
+    "long sum": r"\boxed{\sum_{k=1}^{10^{10}} \frac{1}{k^k}}",
+    "integral": r"\boxed{\int_0^1 e^{\sin(x^x)} \log(1+\tan x^{x})\,dx}",
+    "open braces": r"\boxed{" + "{" * 3000 + "5" + "}" * 3000 + "}",
+    "parentheses": r"\boxed{" + "(" * 1500 + "5" + ")" * 1500 + "}",
+    "nested fractions": r"\boxed{" + r"\frac{1}{1+" * 200 + "1" + "}" * 200 + "}",
+    "unclosed boxes": r"\boxed{" * 5000,
+    "many boxes": r"\boxed{6} and " * 3000,
+    "long number": r"\boxed{" + "9" * 100_000 + "}",
+    "digits": r"\boxed{0.\overline{" + "9" * 3900 + "8}}",
+    "dollars": "$" * 8000 + "4",
+    "answers": "the answer is " * 2000 + "6",
+    "commas": r"\boxed{" + "1," * 1900 + "1}",
+    "spaces": r"\boxed{1" + " " * 3900 + "2}",
+    "falling": r"\boxed{" + "a > " * 900 + "b}",
+    "units": r"\boxed{" + "1 m " * 900 + "}",
+    "surrogate": "\\boxed{\ud800}",
+    "nul": "\\boxed{\x00\x01}",
+    "right to left": "\\boxed{\u202e5\u202c6}",
+    "code": r"\boxed{__import__('os').system('touch /tmp/owned')}",
+    "matrix": r"\boxed{" + r"\begin{pmatrix}" * 200 + "}",
+    "relations": r"\boxed{x^9+x^7y^5+z^{11}=\sin x^y, x^8-y^9=z^7, x+y+z=xyz}",
+}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(list(HOSTILE), marks=pytest.mark.slow),
+        ["tower", "open braces", "many boxes", "digits", "answers", "surrogate", "code"],
+    ],
+)
+def test_hostile_texts_end_and_are_not_correct(names):
+    start = time.monotonic()
+    texts = [HOSTILE[name] for name in names]
+    verdicts = verify(texts, ["5"] * len(names), timeout=1.0, num_workers=2)
+    assert {k: v for k, v in zip(names, verdicts, strict=True) if v == "correct"} == {}
+    assert time.monotonic() - start < 90
+    assert not Path("/tmp/owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"a</think>so \boxed{4}", "4"),
+        (r"\boxed{3}</think>so \boxed{4}", "4"),
+        (r"</think>\boxed{4}</think>\boxed{5}", "4"),
+        (r"\boxed{4}", None),
+        (r"\boxed{4}</think>It is 4.", None),
+        ("</think>#### 4", None),
+    ],
+)
+def test_rllm_reads_a_box_after_the_thinking(text, answer):
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("expected", "given", "verdict"),
+    [
+        (r"\frac{1}{2}", r"\dfrac12", "correct"),
+        ("045", "033", "wrong"),
+        ("045", "45.0", "correct"),
+        (r"\frac{1}{2}", "1/2", "correct"),
+        (r"\frac{1}{2}", "0.5", "correct"),
+        (r"\frac{1}{2}", "2/4", "wrong"),  # not reduced
+        ("5", "2+3", "wrong"),  # not worked out
+        ("5", "x=5", "correct"),
+        ("5", r"5\text{ cm}", "correct"),
+        ("50", r"50\%", "correct"),
+        ("1000", "1,000", "correct"),
+        (r"2\sqrt{3}", r"\sqrt{12}", "correct"),
+        (r"\sqrt{2}", "1.414", "wrong"),
+        ("(1,2)", "(1, 2)", "correct"),
+        ("(1,2)", "(2,1)", "wrong"),
+        ("[1,2)", "(1,2)", "wrong"),
+        ("(x+1)^2", "x^2+2x+1", "correct"),
+        ("x^{10}", "x^5x^5", "wrong"),  # powers of two digits are not worked out
+        (r"\text{Monday}", "Monday", "correct"),
+    ],
+)
+def test_rllms_rule(expected, given, verdict):
+    assert rllm_judge(given, expected) == verdict
+
+
+def test_rllm_through_the_workers():
+    texts = [r"</think>\boxed{\sqrt{12}}", r"\boxed{\sqrt{12}}", r"</think>\boxed{9^{9^{9^9}}-x}"]
+    verdicts = verify(texts, [r"2\sqrt{3}"] * 3, num_workers=1, timeout=2.0, grader="rllm")
+    assert verdicts[:2] == ["correct", "unparsable"]
+    assert verdicts[2] in ("wrong", "timeout")
