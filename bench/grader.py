@@ -12,6 +12,7 @@ Benchmarks: every answer is graded against itself, written otherwise where that 
 
 import argparse
 import json
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -42,7 +43,10 @@ def main() -> None:
 def table(verifier: Verifier) -> None:
     lines = TABLE.read_text(encoding="utf-8").splitlines()
     _, *rows = [line.split("\t") for line in lines if not line.startswith("#")]
-    texts = [given if "box" in given else rf"\boxed{{{given}}}" for _, _, given, *_ in rows]
+    texts = [
+        given if re.search(r"\\(?:boxed|fbox)", given) else rf"\boxed{{{given}}}"
+        for _, _, given, *_ in rows
+    ]
     start = time.perf_counter()
     verdicts = verifier.verify(["</think>" + text for text in texts], [row[1] for row in rows])
     seconds = time.perf_counter() - start

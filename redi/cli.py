@@ -5,6 +5,7 @@
     redi plan recipe.yaml --gpus 8 --gpu-memory 80
     redi train --config recipe.yaml --learning_rate 2e-6
     redi eval --model runs/sft --dataset_name test.jsonl --output_dir runs/sft/eval
+    redi compare runs/sft/eval runs/redi/eval
 
 Any field of a recipe can be given as `--field value`; inside a section, as `--section.field value`.
 """
@@ -95,11 +96,36 @@ def evaluate(
     config: ConfigFile = None,
 ) -> None:
     """Samples and grades answers: pass@1 with its error, pass@k, every sample kept."""
+    from redi.compare import benchmark_table
     from redi.evaluate import evaluate as evaluate_model
+    from redi.evaluate import evaluate_benchmarks
     from redi.report import model_table, print_table
 
-    result = evaluate_model(model, _config(EvalConfig, config, context.args), output_dir)
-    print_table(model_table({Path(model).name: result}))
+    settings = _config(EvalConfig, config, context.args)
+    if settings.benchmarks:
+        print_table(benchmark_table(evaluate_benchmarks(model, settings, output_dir)))
+    else:
+        result = evaluate_model(model, settings, output_dir)
+        print_table(model_table({Path(model).name: result}))
+
+
+@app.command()
+def compare(
+    evaluations: Annotated[list[Path], typer.Argument(help="output folders of redi eval")],
+    baseline: Annotated[str | None, typer.Option("--baseline", help="default: the first")] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="the paper's rows too, marked as such")
+    ] = False,
+) -> None:
+    """Evaluated models side by side: scores, intervals, paired tests."""
+    from redi.compare import load_models, paired_table, score_table
+    from redi.report import print_table
+
+    models = load_models(evaluations)
+    print_table(score_table(models, published))
+    tests = paired_table(models, baseline or next(iter(models)))
+    if tests is not None:
+        print_table(tests)
 
 
 @app.command()

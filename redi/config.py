@@ -85,8 +85,17 @@ class DataConfig(Strict):
 class EvalConfig(Strict):
     """`redi eval`: sample answers and grade them."""
 
-    dataset_name: str = Field(
-        description="rows with a problem (or prompt, question) and its answer"
+    preset: Literal["paper"] | None = Field(
+        None, description="the paper's settings, prompts and grader; fields given beside it win"
+    )
+    dataset_name: str | None = Field(
+        None, description="rows with a problem (or prompt, question) and its answer"
+    )
+    benchmarks: list[str] | None = Field(
+        None, description="instead of dataset_name: names of redi/benchmarks.py, as math500,aime24"
+    )
+    data_dir: str | None = Field(
+        None, description="folder with the benchmarks' files; default: from the Hub"
     )
     pairs_name: str | None = Field(
         None, description="held-out pairs whose log-probs per token are compared"
@@ -99,15 +108,64 @@ class EvalConfig(Strict):
     batch_size: int = Field(64, ge=1, description="samples generated at once")
     max_tokens_per_batch: int = Field(16384, ge=1, description="tokens scored at once (pairs_name)")
     seed: int = Field(0, ge=0)
+    grader: Literal["math_verify", "rllm"] = Field(
+        "math_verify", description="rllm: the stricter rule of the paper's final numbers"
+    )
     verify_timeout: float = Field(5.0, gt=0)
     num_workers: int | None = Field(None, ge=1)
     system_prompt: str | None = None
     prompt_template: PromptTemplate = "{problem}"
+    answer_prefix: str = Field("", description="how every answer begins, as <think>")
+    # engine
+    engine: Literal["transformers", "openai"] = Field(
+        "transformers", description="openai: a server that speaks its protocol, as vLLM's"
+    )
+    base_url: str | None = Field(None, description="openai: as http://localhost:8000/v1")
+    api: Literal["chat", "completions"] = Field(
+        "chat", description="openai: /chat/completions, or /completions for a base model"
+    )
+    api_key_env: str = Field(
+        "OPENAI_API_KEY", description="openai: environment variable that holds the key, if any"
+    )
+    concurrency: int = Field(64, ge=1, description="openai: requests in flight")
+    request_timeout: float = Field(
+        1800.0, gt=0, description="openai: seconds to wait for one answer"
+    )
+    max_retries: int = Field(8, ge=0, description="openai: of one request, with growing pauses")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, content: Any) -> Any:
+        from redi.benchmarks import PAPER_EVAL
+
+        is_paper = isinstance(content, dict) and content.get("preset") == "paper"
+        return PAPER_EVAL | content if is_paper else content
+
+    @field_validator("benchmarks", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "EvalConfig":
+        if (self.dataset_name is None) == (self.benchmarks is None):
+            raise ValueError("give exactly one of dataset_name and benchmarks")
+        if self.benchmarks is None and self.data_dir is not None:
+            raise ValueError("data_dir: only with benchmarks")
+        return self
 
     @model_validator(mode="after")
     def _greedy_is_one_sample(self) -> "EvalConfig":
         if self.temperature == 0 and self.num_samples > 1:
             raise ValueError("temperature 0 gives the same answer each time; set num_samples to 1")
+        return self
+
+    @model_validator(mode="after")
+    def _server_is_named(self) -> "EvalConfig":
+        if (self.engine == "openai") != (self.base_url is not None):
+            raise ValueError("engine: openai and base_url go together")
+        if self.engine == "openai" and self.pairs_name is not None:
+            raise ValueError("pairs_name: needs the model's log-probs; use engine: transformers")
         return self
 
 

@@ -2,11 +2,13 @@
 
     output_dir/evaluation.json    what is evaluated: settings and fingerprint
     output_dir/generations.jsonl  every sample with its verdict, appended batch by batch
+    output_dir/votes.jsonl        which samples of a problem give the same answer
     output_dir/pairs.jsonl        log-probs of held-out right and wrong traces (pairs_name)
     output_dir/metrics.json       the figures; written last, so it marks a finished evaluation
 
-A sample depends on the settings, the model and (seed, problem, sample) only, so an evaluation that
-was killed goes on where it stood and ends in the same files.
+With `benchmarks`, each has a folder of that kind in output_dir. A sample depends on the settings,
+the model and (seed, problem, sample) only, so an evaluation that was killed goes on where it stood
+and ends in the same files.
 """
 
 import dataclasses
@@ -17,24 +19,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from redi.benchmarks import BENCHMARKS, find_benchmark
 from redi.config import EvalConfig
-from redi.data.read import (
-    Example,
-    Prompt,
-    answer_of,
-    make_prompt,
-    problem_of,
-    read_examples,
-    read_rows,
-)
+from redi.data.read import Example, Prompt, make_prompt, read_examples
 from redi.errors import RediError
 from redi.files import write_text
+from redi.grading import Question, grade, make_verifier, read_questions, vote
 from redi.results import EvalResult, load_result, read_result
 
 # What a model's answers depend on; cards, logs and checkpoints in its folder may change.
@@ -43,14 +38,41 @@ MODEL_FILES = (
     *("special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
 )
 # Settings that change how fast the answers come, not which (but for the rounding of sums).
-SPEED_FIELDS = {"num_workers", "batch_size", "max_tokens_per_batch"}
+SPEED_FIELDS = {
+    *("num_workers", "batch_size", "max_tokens_per_batch"),
+    *("concurrency", "request_timeout", "max_retries", "base_url", "api_key_env"),
+}
+PLACES = {"dataset_name", "pairs_name", "benchmarks", "data_dir", "preset"}  # their content counts
+# Younger than the first evaluations, whose fingerprints hold as long as these are not used.
+LATER_FIELDS = {
+    "grader": "math_verify",
+    "answer_prefix": "",
+    "engine": "transformers",
+    "api": "chat",
+}
 
 
-@dataclass(frozen=True)
-class Question:
-    id: str
-    problem: Prompt
-    answer: str
+def evaluate_benchmarks(
+    model_name_or_path: str | os.PathLike, config: EvalConfig, output_dir: str | os.PathLike
+) -> dict[str, EvalResult]:
+    """`evaluate` on each of `config.benchmarks`, in a folder of its name; results by name.
+
+    Raises RediError for a benchmark that is unknown or not found, before any work.
+    """
+    names = config.benchmarks or []
+    paths = {name: find_benchmark(name, config.data_dir) for name in names}
+    results = {}
+    for name, path in paths.items():
+        one = config.model_copy(update={"benchmarks": None, "data_dir": None, "dataset_name": path})
+        result = evaluate(model_name_or_path, one, Path(output_dir) / name)
+        expected = min(BENCHMARKS[name].num_problems, config.max_problems or sys.maxsize)
+        if len(result.problem_ids) != expected:
+            print(
+                f"{name}: {len(result.problem_ids)} problems, not the usual {expected}",
+                file=sys.stderr,
+            )
+        results[name] = result
+    return results
 
 
 def evaluate(
@@ -68,12 +90,20 @@ def evaluate(
     fingerprint = _fingerprint(name, config, questions, pairs)
     if _read_json(folder / "metrics.json").get("fingerprint") == fingerprint:
         return load_result(folder)
-    lm, tokenizer = _load(name)
+    identity = {"fingerprint": fingerprint, "model": name, "config": config.model_dump()}
+    generations = folder / "generations.jsonl"
     try:
-        _start(folder, {"fingerprint": fingerprint, "model": name, "config": config.model_dump()})
-        _sample(lm, tokenizer, questions, config, folder / "generations.jsonl")
-        if pairs:
-            _score_pairs(lm, tokenizer, pairs, config, folder / "pairs.jsonl")
+        if config.engine == "openai":
+            _start(folder, identity)
+            _sample_served(name, questions, config, generations)
+        else:
+            lm, tokenizer = _load(name)
+            _start(folder, identity)
+            _sample(lm, tokenizer, questions, config, generations)
+            if pairs:
+                _score_pairs(lm, tokenizer, pairs, config, folder / "pairs.jsonl")
+        if config.num_samples > 2:
+            vote(config, generations, folder / "votes.jsonl")
         result = read_result(folder, name)
         _write_json(folder / "metrics.json", {**result.metrics(), "fingerprint": fingerprint})
     except OSError as error:
@@ -81,26 +111,6 @@ def evaluate(
             f"{folder}: cannot be written: {error}; put it right and run again"
         ) from error
     return result
-
-
-def read_questions(config: EvalConfig) -> list[Question]:
-    """The problems of `config.dataset_name`. Raises RediError for a row without problem or answer,
-    and for an id that occurs twice."""
-    questions: dict[str, Question] = {}
-    for where, row in read_rows(config.dataset_name):
-        if len(questions) == config.max_problems:
-            break
-        problem, answer = problem_of(row, where), answer_of(row, where)
-        if not problem or not answer:
-            empty = "the problem" if not problem else "`answer`"
-            raise RediError(f"{where}: {empty} is missing; evaluation needs both")
-        name = next((str(row[key]) for key in ("id", "uuid") if row.get(key) is not None), where)
-        if name in questions:
-            raise RediError(f"{where}: id {name!r} occurs twice; ids must differ")
-        questions[name] = Question(name, problem, answer)
-    if not questions:
-        raise RediError(f"{config.dataset_name}: no rows")
-    return list(questions.values())
 
 
 def _load(name: str) -> tuple[Any, Any]:
@@ -131,13 +141,13 @@ def _sample(
     import torch
 
     from redi.data.tokenize import ChatFormat
-    from redi.data.verify import Verifier
     from redi.generate import generate
 
     chat = ChatFormat(tokenizer)
+    prefix = tokenizer(config.answer_prefix, add_special_tokens=False)["input_ids"]
     prompts = [
-        chat.encode_prompt(_pose(question.problem, config, bool(tokenizer.chat_template)))
-        for question in questions
+        [*chat.encode_prompt(_pose(q.problem, config, bool(tokenizer.chat_template))), *prefix]
+        for q in questions
     ]
     _check_context(lm.config, max(map(len, prompts)), config.max_new_tokens)
     order = sorted(range(len(questions)), key=lambda i: (-len(prompts[i]), i))
@@ -145,7 +155,7 @@ def _sample(
     done = _keep_whole_batches(file, config.batch_size, len(items))
     with (
         _progress("samples", len(items), done) as advance,
-        Verifier(num_workers=config.num_workers, timeout=config.verify_timeout) as verifier,
+        make_verifier(config) as verifier,
         file.open("a", encoding="utf-8") as output,
     ):
         for start in range(done, len(items), config.batch_size):
@@ -165,14 +175,91 @@ def _sample(
                     f"out of memory at batch_size {config.batch_size}: run again with a smaller "
                     f"one (nothing is lost of the {start} samples done)"
                 ) from None
+            rows = []
+            for item, ids in zip(batch, completions, strict=True):
+                finished = ids[-1] in chat.eos_token_ids
+                text = tokenizer.decode(
+                    ids[:-1] if finished else ids, clean_up_tokenization_spaces=False
+                )
+                text = config.answer_prefix + text
+                rows.append(_row(questions, item, text, finished, len(ids)))
+            _keep(rows, questions, verifier, output)
+
+
+def _sample_served(model: str, questions: list[Question], config: EvalConfig, file: Path) -> None:
+    """Appends the samples that `file` lacks, in the order in which the server answers.
+
+    A sample that it does not answer is missing, never wrong. Raises RediError if any is missing in
+    the end, or once three in a row are.
+    """
+    from redi.served import Client, Unanswered
+
+    done = _keep_whole_lines(file)
+    requests = [
+        ((problem, sample), _request(model, question.problem, config, (problem, sample)))
+        for sample in range(config.num_samples)  # so that a problem which always fails is not three
+        for problem, question in enumerate(questions)
+        if (problem, sample) not in done
+    ]
+    missing, in_a_row, last = len(requests), 0, ""
+    total = len(questions) * config.num_samples
+    with (
+        _progress("samples", total, len(done)) as advance,
+        make_verifier(config) as verifier,
+        file.open("a", encoding="utf-8") as output,
+    ):
+        for batch in Client(config).answers(requests):
             rows = [
-                _row(tokenizer, chat.eos_token_ids, questions, item, ids)
-                for item, ids in zip(batch, completions, strict=True)
+                _row(questions, item, config.answer_prefix + got.text, got.finished, got.num_tokens)
+                for item, got in batch
+                if not isinstance(got, Exception)
             ]
-            _grade(rows, questions, verifier)
-            output.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            output.flush()
-            os.fsync(output.fileno())
+            _keep(rows, questions, verifier, output)
+            advance(len(rows))
+            missing -= len(rows)
+            in_a_row = 0 if rows else in_a_row
+            for error in (got for _, got in batch if isinstance(got, Exception)):
+                if not isinstance(error, Unanswered):
+                    raise error
+                in_a_row, last = in_a_row + 1, str(error)
+            if in_a_row >= 3:
+                break
+    if missing:
+        raise RediError(
+            f"{missing} of {total} samples have no answer after {config.max_retries} retries each "
+            f"({last}); the other {total - missing} are kept: run again when the server is well"
+        )
+
+
+def _request(
+    model: str, problem: Prompt, config: EvalConfig, item: tuple[int, int]
+) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "model": model,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "max_tokens": config.max_new_tokens,
+        "seed": int(np.random.default_rng([config.seed, *item]).integers(2**31)),
+    }
+    posed = _pose(problem, config, config.api == "chat")
+    if config.api == "completions":
+        if not isinstance(posed, str):
+            raise RediError("api: completions takes problems as text, not as chat messages")
+        return body | {"prompt": posed + config.answer_prefix}
+    if config.answer_prefix:  # vLLM's way to let the server go on with an answer
+        posed = [*posed, {"role": "assistant", "content": config.answer_prefix}]  # type: ignore[misc]
+        body |= {"add_generation_prompt": False, "continue_final_message": True}
+    return body | {"messages": posed}
+
+
+def _keep(
+    rows: list[dict[str, Any]], questions: list[Question], verifier: Any, output: Any
+) -> None:
+    """Grades the rows and writes them down, to the disk."""
+    grade(rows, questions, verifier)
+    output.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    output.flush()
+    os.fsync(output.fileno())
 
 
 def _pose(problem: Prompt, config: EvalConfig, has_template: bool) -> Prompt:
@@ -180,7 +267,7 @@ def _pose(problem: Prompt, config: EvalConfig, has_template: bool) -> Prompt:
     if has_template or not isinstance(problem, str):
         return make_prompt(problem, config.system_prompt, config.prompt_template)
     if config.system_prompt is not None:
-        raise RediError("system_prompt: the model's tokenizer has no chat template to put it in")
+        raise RediError("system_prompt: there is no chat template to put it in")
     return config.prompt_template.replace("{problem}", problem)
 
 
@@ -195,14 +282,8 @@ def _uniforms(config: EvalConfig, batch: list[tuple[int, int]]) -> Any:
 
 
 def _row(
-    tokenizer: Any,
-    stop_ids: list[int],
-    questions: list[Question],
-    item: tuple[int, int],
-    ids: list[int],
+    questions: list[Question], item: tuple[int, int], text: str, finished: bool, num_tokens: int
 ) -> dict[str, Any]:
-    finished = ids[-1] in stop_ids
-    text = tokenizer.decode(ids[:-1] if finished else ids, clean_up_tokenization_spaces=False)
     problem, sample = item
     return {
         "problem": problem,
@@ -211,19 +292,8 @@ def _row(
         "text": text,
         "verdict": "wrong",
         "finished": finished,
-        "num_tokens": len(ids),
+        "num_tokens": num_tokens,
     }
-
-
-def _grade(rows: list[dict[str, Any]], questions: list[Question], verifier: Any) -> None:
-    """Sets the verdicts; a sample that is not finished stays wrong, whatever it says."""
-    finished = [row for row in rows if row["finished"]]
-    verdicts = verifier.verify(
-        [row["text"] for row in finished],
-        [questions[row["problem"]].answer for row in finished],
-    )
-    for row, verdict in zip(finished, verdicts, strict=True):
-        row["verdict"] = verdict
 
 
 def _score_pairs(
@@ -267,9 +337,13 @@ def _fingerprint(
     name: str, config: EvalConfig, questions: list[Question], pairs: list[Example]
 ) -> str:
     digest = hashlib.sha256()
-    settings = config.model_dump(exclude=SPEED_FIELDS | {"dataset_name", "pairs_name"})
+    settings = config.model_dump(exclude=SPEED_FIELDS | PLACES)
+    settings = {k: v for k, v in settings.items() if k not in LATER_FIELDS or v != LATER_FIELDS[k]}
     rows: list[Any] = [*questions, *pairs]
     content = [settings, *map(dataclasses.asdict, rows)]
+    for question in content[1 : 1 + len(questions)]:
+        if not question["others"]:
+            del question["others"]
     digest.update(json.dumps(content, sort_keys=True).encode())
     folder = Path(name)
     if not folder.is_dir():
@@ -287,7 +361,7 @@ def _start(folder: Path, identity: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").unlink(missing_ok=True)
     if _read_json(folder / "evaluation.json").get("fingerprint") != identity["fingerprint"]:
-        for name in ("generations.jsonl", "pairs.jsonl"):
+        for name in ("generations.jsonl", "votes.jsonl", "pairs.jsonl"):
             (folder / name).unlink(missing_ok=True)
         _write_json(folder / "evaluation.json", identity)
 
@@ -302,6 +376,17 @@ def _keep_whole_batches(file: Path, batch_size: int, total: int) -> int:
     done = total if whole >= total else whole // batch_size * batch_size
     os.truncate(file, sum(map(len, lines[:done])))
     return done
+
+
+def _keep_whole_lines(file: Path) -> set[tuple[int, int]]:
+    """Cuts a torn last line off; returns the (problem, sample) of the others."""
+    if not file.exists():
+        return set()
+    lines = file.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        os.truncate(file, sum(map(len, lines[:-1])))
+        lines.pop()
+    return {(row["problem"], row["sample"]) for row in map(json.loads, lines)}
 
 
 @contextmanager

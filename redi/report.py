@@ -57,7 +57,14 @@ def model_table(results: Mapping[str, EvalResult], baseline: str | None = None) 
     gaps = any(result.pairs is not None for result in results.values())
     header = ["model", "pass@1 ± SEM" if shape[1] > 1 else "pass@1"]
     header += [f"vs {baseline} [95% CI]"] * (baseline is not None)
-    header += [f"pass@{k}"] * (k > 1) + ["unfinished"] + ["ungraded"] * ungraded + ["tokens"]
+    votes = k > 2 and all(result.group_PN is not None for result in results.values())
+    header += (
+        [f"pass@{k}"] * (k > 1)
+        + [f"majority@{k}"] * votes
+        + ["unfinished"]
+        + ["ungraded"] * ungraded
+        + ["tokens"]
+    )
     header += ["log-prob gap"] * gaps
     rows = []
     for name, result in results.items():
@@ -65,8 +72,9 @@ def model_table(results: Mapping[str, EvalResult], baseline: str | None = None) 
         row = [name, f"{100 * result.pass_at_1:.1f}{sem}"]
         if baseline is not None:
             difference = paired_difference(result, results[baseline])
-            row.append("baseline" if name == baseline else _interval(difference, 100, "5.1f"))
+            row.append("baseline" if name == baseline else format_interval(difference, 100, "5.1f"))
         row += [f"{100 * result.pass_at(k):.1f}"] * (k > 1)
+        row += [f"{100 * (result.majority_at(k) or 0):.1f}"] * votes
         row += [f"{100 * float(1 - result.finished_PN.mean()):.1f}"]
         row += [f"{100 * _ungraded(result):.1f}"] * ungraded
         row += [f"{float(result.num_tokens_PN.mean()):,.1f}"]
@@ -101,7 +109,7 @@ def pairs_table(results: Mapping[str, EvalResult], baseline: str | None = None) 
         row.append(f"{figures['gap']:+.3f}")
         if compare:
             difference = paired_difference(result, results[str(baseline)], "gap")
-            row.append("baseline" if name == baseline else _interval(difference, 1, "6.3f"))
+            row.append("baseline" if name == baseline else format_interval(difference, 1, "6.3f"))
         rows.append([*row, f"{100 * figures['chosen_above_rejected']:.1f}%"])
     count = len(next(iter(scored.values())).pairs.ids)  # type: ignore[union-attr]
     return Table(header, rows, f"Log-probs per token of {count:,} held-out pairs of traces.")
@@ -177,7 +185,8 @@ def _ungraded(result: EvalResult) -> float:
     return float(np.isin(result.verdict_PN, ("unparsable", "timeout")).mean())
 
 
-def _interval(interval: Interval, factor: float, form: str) -> str:
+def format_interval(interval: Interval, factor: float, form: str) -> str:
+    """Mean and interval with signs, times `factor`."""
     mean, low, high = (
         f"{factor * x:+{form}}" for x in (interval.mean, interval.low, interval.high)
     )

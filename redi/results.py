@@ -1,4 +1,4 @@
-"""What evaluations measured, and how sure it is: pass@1 and pass@k, their errors, differences."""
+"""What evaluations measured and how sure it is: pass@1, pass@k, majority@k, errors, differences."""
 
 import json
 import os
@@ -48,6 +48,7 @@ class EvalResult:
     finished_PN: np.ndarray  # bool; an unfinished sample is wrong
     num_tokens_PN: np.ndarray  # int64; stop token included
     pairs: PairScores | None = None
+    group_PN: np.ndarray | None = None  # int: samples with one answer; 0 right, -1 no answer
 
     @property
     def correct_PN(self) -> np.ndarray:
@@ -73,6 +74,25 @@ class EvalResult:
         chance = [1 - comb(n - c, k) / comb(n, k) for c in range(n + 1)]
         return float(np.mean([chance[c] for c in self.correct_PN.sum(axis=1)]))
 
+    def majority_at(self, k: int) -> float | None:
+        """How often the most frequent answer of k samples is right; None without votes.jsonl.
+
+        Each k consecutive samples vote, as often as N allows; what is left over has no vote. Of t
+        answers tied for the first place each counts 1/t, as if one were drawn. Samples without an
+        answer that can be read, and unfinished ones, do not vote.
+        """
+        if self.group_PN is None:
+            return None
+        n = self.group_PN.shape[1]
+        if not 1 <= k <= n:
+            raise ValueError(f"majority@{k} needs 1 <= k <= {n}, the number of samples")
+        chances = []
+        for votes in self.group_PN[:, : n // k * k].reshape(-1, k).tolist():
+            count = Counter(vote for vote in votes if vote >= 0)
+            first = [vote for vote in count if count[vote] == max(count.values())]
+            chances.append((0 in first) / max(len(first), 1))
+        return float(np.mean(chances))
+
     def metrics(self) -> dict[str, Any]:
         """The figures of metrics.json."""
         num_problems, num_samples = self.correct_PN.shape
@@ -84,6 +104,7 @@ class EvalResult:
             "num_samples": num_samples,
             "pass@1_sem": self.sem,
             **{f"pass@{k}": self.pass_at(k) for k in ks},
+            **({} if self.group_PN is None else {f"majority@{k}": self.majority_at(k) for k in ks}),
             "unfinished": float(1 - self.finished_PN.mean()),
             "mean_tokens": float(self.num_tokens_PN.mean()),
             "verdicts": {verdict: counts[verdict] for verdict in VERDICTS},
@@ -114,6 +135,32 @@ def bootstrap(values_P: np.ndarray, *, seed: int = 0, num_resamples: int = 10_00
     return Interval(float(values_P.mean()), float(low), float(high))
 
 
+@dataclass(frozen=True)
+class SignTest:
+    """Problems on which one model does better than the other; `p` is exact and two-sided."""
+
+    better: int
+    worse: int
+    equal: int
+
+    @property
+    def p(self) -> float:
+        """The chance of a split at least as uneven if each problem that differs were a coin toss:
+        the sign test; with one sample a problem, McNemar's."""
+        n, k = self.better + self.worse, min(self.better, self.worse)
+        return min(1.0, 2 * sum(comb(n, i) for i in range(k + 1)) / 2**n)
+
+
+def sign_test(a: EvalResult, b: EvalResult) -> SignTest:
+    """On how many problems more of `a`'s samples are right than of `b`'s, and fewer.
+
+    Raises RediError when the two were not evaluated on the same problems.
+    """
+    values_a, values_b = _paired(a, b, "pass@1")
+    better, worse = int((values_a > values_b).sum()), int((values_a < values_b).sum())
+    return SignTest(better, worse, len(values_a) - better - worse)
+
+
 def paired_difference(
     a: EvalResult, b: EvalResult, metric: Metric = "pass@1", *, seed: int = 0
 ) -> Interval:
@@ -123,8 +170,12 @@ def paired_difference(
     about these two models; it says nothing about training again with another seed.
     Raises RediError when the two were not evaluated on the same problems.
     """
-    of = {name: _values(result, metric) for name, result in (("a", a), ("b", b))}
-    (ids_a, values_a), (ids_b, values_b) = of["a"], of["b"]
+    values_a, values_b = _paired(a, b, metric)
+    return bootstrap(values_a - values_b, seed=seed)
+
+
+def _paired(a: EvalResult, b: EvalResult, metric: Metric) -> tuple[np.ndarray, np.ndarray]:
+    (ids_a, values_a), (ids_b, values_b) = _values(a, metric), _values(b, metric)
     if ids_a != ids_b:
         first = next((x for x in ids_a if x not in set(ids_b)), None) or next(
             (x for x in ids_b if x not in set(ids_a)), "their order"
@@ -133,7 +184,7 @@ def paired_difference(
             f"{a.model} and {b.model} were evaluated on different problems ({len(ids_a)} and "
             f"{len(ids_b)}; first difference: {first}); evaluate both on the same dataset"
         )
-    return bootstrap(values_a - values_b, seed=seed)
+    return values_a, values_b
 
 
 def _values(result: EvalResult, metric: Metric) -> tuple[tuple[str, ...], np.ndarray]:
@@ -153,6 +204,20 @@ def load_result(output_dir: str | os.PathLike) -> EvalResult:
     return read_result(folder, json.loads(file.read_text(encoding="utf-8"))["model"])
 
 
+def load_results(output_dir: str | os.PathLike) -> dict[str, EvalResult]:
+    """The finished evaluations of a folder by benchmark; by "" if it is of one dataset only.
+
+    Raises RediError when the folder holds none.
+    """
+    folder = Path(output_dir)
+    inside = sorted(file.parent for file in folder.glob("*/metrics.json"))
+    if (folder / "metrics.json").exists() or not inside:
+        return {"": load_result(folder)}
+    return {
+        part.name: load_result(part) for part in inside if (part / "generations.jsonl").exists()
+    }
+
+
 def read_result(folder: Path, model: str) -> EvalResult:
     rows = [json.loads(line) for line in (folder / "generations.jsonl").open(encoding="utf-8")]
     rows.sort(key=lambda row: (row["problem"], row["sample"]))
@@ -167,6 +232,10 @@ def read_result(folder: Path, model: str) -> EvalResult:
             np.array([row["rejected"] for row in scored]),
         )
     ids = tuple(row["id"] for row in rows[:: shape[1]])
+    groups = None
+    if (folder / "votes.jsonl").exists():
+        votes = [json.loads(line) for line in (folder / "votes.jsonl").open(encoding="utf-8")]
+        groups = np.array([row["groups"] for row in votes]).reshape(shape)
     return EvalResult(
-        model, ids, column("verdict"), column("finished"), column("num_tokens"), pairs
+        model, ids, column("verdict"), column("finished"), column("num_tokens"), pairs, groups
     )

@@ -143,7 +143,7 @@ def serve(judge: Callable[[str, str], Verdict]) -> None:
     """The worker: one JSON pair [text, answer] per line in, one verdict per line out, until EOF.
 
     Argument 1 is the parent's sys.path, argument 2 the seconds after which the kernel ends a worker
-    that hangs and whose parent is gone; argument 3 is the grader.
+    that hangs and whose parent is gone; the last is the grader.
     """
     import contextlib
     import logging
@@ -191,4 +191,4 @@ def _rllm(given: str, expected: str) -> Verdict:
 
 
 if __name__ == "__main__":
-    serve(_rllm if sys.argv[3] == "rllm" else judge)
+    serve(_rllm if sys.argv[-1] == "rllm" else judge)

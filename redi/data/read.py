@@ -69,7 +69,7 @@ def find_files(path: str | Path) -> list[Path]:
     """The data files that `path` (a file, a folder or a glob) means, sorted. Raises RediError."""
     root = Path(path)
     if root.is_file():
-        if not root.name.endswith(SUFFIXES):
+        if not root.name.endswith((*SUFFIXES, ".json")):
             raise RediError(f"{root}: not a data file; expected one of {', '.join(SUFFIXES)}")
         return [root]
     found = root.rglob("*") if root.is_dir() else map(Path, glob.glob(str(path), recursive=True))
@@ -92,7 +92,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         name = file.name if file == Path(path) else str(file)
         if Path(path).is_dir():
             name = file.relative_to(path).as_posix()
-        yield from (_read_parquet if file.suffix == ".parquet" else _read_jsonl)(file, name)
+        read = {".parquet": _read_parquet, ".json": _read_json}.get(file.suffix, _read_jsonl)
+        yield from read(file, name)
 
 
 def read_examples(path: str | Path) -> list[Example]:
@@ -298,6 +299,11 @@ def _read_jsonl(file: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
                     yield f"{name} line {number}", _parse(line, f"{file} line {number}")
     except (OSError, EOFError) as error:
         raise RediError(f"{file} after line {number}: cannot be read: {error}") from None
+
+
+def _read_json(file: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, row in enumerate(json.loads(file.read_text(encoding="utf-8")), 1):
+        yield f"{name} row {number}", row
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:

@@ -215,6 +215,26 @@ def test_eval_prints_a_table(redi, tmp_path):
     assert len((tmp_path / "eval" / "generations.jsonl").read_text().splitlines()) == 4
 
 
+def test_benchmarks_by_name_then_compared(redi, tmp_path):
+    assert redi("train", "--config", recipe(tmp_path, max_steps=1))[0] == 0
+    for name in ("aime", "amc"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(RAW))
+    for name in ("a", "b"):
+        code, out, err = redi(
+            "eval", "--model", tmp_path / "out", "--benchmarks", "aime24,amc23", "--data_dir",
+            tmp_path, "--output_dir", tmp_path / name, "--max_new_tokens", 4, "--num_samples", 2,
+        )  # fmt: skip
+        assert code == 0, err
+        assert [line.split()[0] for line in out.splitlines() if " 0.0" in line] == [
+            "AIME24", "AMC23",
+        ]  # fmt: skip
+    code, out, err = redi("compare", tmp_path / "a", tmp_path / "b", "--published")
+    assert code == 0, err
+    assert "[published, Table 1] Qwen-REDI-1.5B" in out
+    assert "AIME24: b" in out
+    refused(redi("compare", tmp_path / "none"), "none", "no finished evaluation")
+
+
 def test_eval_without_answers(redi, tmp_path):
     assert redi("train", "--config", recipe(tmp_path, max_steps=1))[0] == 0
     problems = tiny.write_jsonl(tmp_path / "test.jsonl", [{"problem": "1+1=?"}])

@@ -1,5 +1,6 @@
 """The grader against answers.tsv, whose verdicts were not taken from it, and against sabotage."""
 
+import re
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ _, *ROWS = [
 
 
 def boxed(given):
-    return given if "box" in given else rf"\boxed{{{given}}}"
+    return given if re.search(r"\\(?:boxed|fbox)", given) else rf"\boxed{{{given}}}"
 
 
 def test_the_table_is_what_it_says():
