@@ -141,7 +141,6 @@ def test_rllms_rule(expected, given, verdict):
 
 
 def test_rllm_through_the_workers():
-    texts = [r"</think>\boxed{\sqrt{12}}", r"\boxed{\sqrt{12}}", r"</think>\boxed{9^{9^{9^9}}-x}"]
-    verdicts = verify(texts, [r"2\sqrt{3}"] * 3, num_workers=1, timeout=2.0, grader="rllm")
-    assert verdicts[:2] == ["correct", "unparsable"]
-    assert verdicts[2] in ("wrong", "timeout")
+    texts = [r"</think>\boxed{\sqrt{12}}", r"\boxed{\sqrt{12}}", r"</think>\boxed{\sqrt{3}}"]
+    verdicts = verify(texts, [r"2\sqrt{3}"] * 3, num_workers=1, timeout=30, grader="rllm")
+    assert verdicts == ["correct", "unparsable", "wrong"]
