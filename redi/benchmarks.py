@@ -34,7 +34,7 @@ BENCHMARKS = {
         "lkevinzc/math-eval@olympiad_bench",
         675,
     ),
-    "gsm8k": Benchmark("GSM8K", ("gsm8k", "test"), "openai/gsm8k:main@test", 1319),
+    "gsm8k": Benchmark("GSM8K", ("gsm8k", "gsm8k/test"), "openai/gsm8k:main@test", 1319),
 }
 
 # The paper's final numbers (arXiv 2505.24850, section 3.3, C.5; its evaluation script). Its chat
