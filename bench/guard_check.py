@@ -13,6 +13,8 @@ import statistics
 import sys
 from pathlib import Path
 
+from pages import replace_between
+
 from redi.guard import SIGNS, CollapseGuard
 from redi.monitor import read_metrics
 from redi.plots import COLOURS, _dress, _figure, _save
@@ -73,9 +75,7 @@ def main() -> int:
     text = "\n".join(lines)
     print(text)
     if args.write:
-        begin, end = "<!-- guard_check -->", "<!-- end of guard_check -->"
-        before, rest = args.write.read_text().split(begin)
-        args.write.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+        replace_between(args.write, "guard_check", text)
         shown = {name: runs[name] for name in ("redi-0.8", "redi-1")}
         draw(shown, alarms, args.write.parent / "collapse.png")
     return [name for name in stages if alarms[name] is not None] != ["redi-1"]

@@ -22,11 +22,17 @@ from redi.data.pack import arrange, trace_cost
 LIMIT = 1.05
 
 
-def paper_lengths(num_pairs: int, rng: np.random.Generator) -> np.ndarray:
-    """Tokens of [pairs, (chosen, rejected)] traces, prompt included."""
+def paper_pairs(num_pairs: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of prompts [pairs, 1] and of completions [pairs, (chosen, rejected)]."""
     draws = rng.lognormal(np.log([4500, 7500]), 0.65, (64 * num_pairs, 2))
     kept = draws[(draws <= 19000).all(1)][:num_pairs]
-    return (rng.integers(40, 400, (num_pairs, 1)) + kept).astype(int)
+    return rng.integers(40, 400, (num_pairs, 1)), kept
+
+
+def paper_lengths(num_pairs: int, rng: np.random.Generator) -> np.ndarray:
+    """Tokens of [pairs, (chosen, rejected)] traces, prompt included."""
+    prompts, completions = paper_pairs(num_pairs, rng)
+    return (prompts + completions).astype(int)
 
 
 def heavy_lengths(num_pairs: int, rng: np.random.Generator) -> np.ndarray:

@@ -7,6 +7,8 @@ python bench/plan_answers.py --write docs/scaling.md  and put it between the pag
 import argparse
 from pathlib import Path
 
+from pages import replace_between
+
 from redi.config import TrainConfig, load_config
 from redi.plan import GIB, Planner
 
@@ -47,10 +49,7 @@ def main() -> None:
             lines.append(f"{head}{numbers} of {limit / GIB:.1f} | {verdict} |")
             print(lines[-1], flush=True)
     if args.write:
-        begin, end = "<!-- plan_answers -->", "<!-- end of plan_answers -->"
-        before, rest = args.write.read_text().split(begin)
-        text = "\n".join(lines)
-        args.write.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+        replace_between(args.write, "plan_answers", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pages import replace_between
 from torch.profiler import ProfilerActivity, profile
 
 from redi.config import TrainConfig
@@ -109,9 +110,7 @@ def main() -> int:
         print(lines[-1], flush=True)
     text = "\n".join(lines) + f"\n\nFurthest off: {worst:.1%}."
     if args.write:
-        begin, end = "<!-- plan_check -->", "<!-- end of plan_check -->"
-        before, rest = args.write.read_text().split(begin)
-        args.write.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+        replace_between(args.write, "plan_check", text)
     print(f"furthest off: {worst:.1%}")
     return worst > LIMIT
 

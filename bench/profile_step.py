@@ -1,7 +1,7 @@
 """Where the time of a training step goes, and how much of it is our own code.
 
     python bench/profile_step.py                      the bench model of trainer_table.py, REDI
-    python bench/profile_step.py --objective sft --steps 8 --tokens 640
+    python bench/profile_step.py --objective sft --steps 8 --tokens 1024
 
 cProfile over `Loop.step`, the first step left out. "Ours, beside model and loss" is what a step
 spends in the trainer itself: waiting for packs, counting, metrics, Python between the calls.
@@ -40,7 +40,7 @@ def profile_steps(
     from redi.monitor import TrainState
     from redi.train import Loop, load_data
 
-    trainer_table.make_input(folder, vocab=trainer_table.VOCAB, equal=False)
+    trainer_table.make_input(folder, trainer_table.Case())
     settings = {
         "model_name_or_path": str(folder / "model"),
         "dataset_name": str(folder / "pairs.jsonl"),
@@ -82,7 +82,7 @@ def shares(stats: pstats.Stats) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--objective", default="redi")
-    parser.add_argument("--tokens", type=int, default=640, help="a micro-batch at most")
+    parser.add_argument("--tokens", type=int, default=trainer_table.TOKENS, help="a pack")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--cpu-time", action="store_true", help="for a machine that others use too")
     args = parser.parse_args()

@@ -1,95 +1,115 @@
 """The whole trainer against TRL's, on a CPU: useful tokens a second, and peak memory.
 
-    python bench/trainer_table.py                                       every objective
-    python bench/trainer_table.py --objectives dpo --json runs/trainer.json --write docs/trainer.md
+    python bench/trainer_table.py --write docs/trainer.md       every row, a quarter of an hour
+    python bench/trainer_table.py --objectives dpo --cases "equal lengths" --micro-batches 1
 
 Model: Qwen2 in the proportions of Qwen2.5-1.5B's (vocabulary 4 x layers x hidden) at 1/6 of its
-width. Pairs: the lengths of the paper's (Qwen2.5-Math-1.5B on OpenR1 traces, cut at 800 + 19,000
-tokens; log-normal, since only the limits are published), divided by 32. A useful token is one of
-the data; padding is not. Each row is a fresh process: its first step warms up, the others count.
-Memory is the peak beyond weights, gradients and AdamW's moments. Both checkpoint activations.
+width. Pairs: the paper's lengths as bench/packing.py assumes them, divided by 6 too, so that
+attention has the share of the work that it has there. Every step trains the same pairs, so both
+trainers are timed on the same tokens. A useful token is one of the data; padding is not. Each row
+is a fresh process: its first step warms up, the quickest of the others counts. Memory is the peak
+beyond weights, gradients and AdamW's moments. Both compute in float32.
 
-Where the difference comes from: the same with traces of equal length (nothing to pad), and with a
-vocabulary of 256 on top of that (hardly any logits).
+TRL gets more pairs a forward until that no longer makes it quicker; its best is compared. Where the
+difference comes from, for DPO: the same with traces of equal length (nothing to pad), with a
+vocabulary of 256 on top of that (hardly any logits), and without activation checkpointing.
 """
 
 import argparse
 import ctypes
 import gc
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import packing
 import torch
 import trainer_peers
 from loss_table import resident
+from pages import replace_between
 from trainer_peers import Job
 
-SCALE = 32
-BATCH, STEPS = 8, 4
-CHECKPOINTING = "full"  # as in the paper's runs, and TRL's default
+SCALE = 6
+BATCH, STEPS = 6, 3
 VOCAB = 8192
 MODEL = {
     "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8,
     "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
     "max_position_embeddings": 4096, "bos_token_id": None, "eos_token_id": 4, "pad_token_id": 0,
 }  # fmt: skip
-MICRO_BATCHES = {"redi": [640], "trl": [1, 2, 4, 8], "trl packed": [1, 2, 4]}
+MICRO_BATCHES = [1, 2, 3, 6]  # TRL's
+TOKENS = 3328  # ours; about the longest trace
+
+
+@dataclass(frozen=True)
+class Case:
+    vocab: int = VOCAB
+    equal: bool = False  # lengths
+    checkpointing: str = "full"  # as in the paper's runs, and TRL's default
+
+
 CASES = {
-    "paper lengths": {"vocab": VOCAB, "equal": False},
-    "equal lengths": {"vocab": VOCAB, "equal": True},
-    "equal lengths, vocabulary of 256": {"vocab": 256, "equal": True},
+    "paper lengths": Case(),
+    "no checkpointing": Case(checkpointing="none"),
+    "equal lengths": Case(equal=True),
+    "equal lengths, vocabulary of 256": Case(equal=True, vocab=256),
 }
 
 
-def paper_lengths(count: int, median: int, limit: int, rng: np.random.Generator) -> np.ndarray:
-    """Log-normal (sigma 0.7: a quarter of R1's traces are longer than 8k), redrawn above the
-    limit, divided by SCALE."""
-    drawn = rng.lognormal(np.log(median), 0.7, 4 * count)
-    return np.ceil(drawn[drawn <= limit][:count] / SCALE).astype(int)
+def step_lengths(rng: np.random.Generator) -> np.ndarray:
+    """[BATCH, (prompt, chosen, rejected)]: even quantiles of the paper's lengths, so that few pairs
+    stand for many. Of 100 ways to pair them up, the one whose padding is nearest to the paper's."""
+
+    def padding(lengths_P3: np.ndarray) -> float:  # a pair's two traces, one as long as the other
+        traces = lengths_P3[:, :1] + lengths_P3[:, 1:]
+        return 2 * traces.max(1).sum() / traces.sum()
+
+    many = np.hstack(packing.paper_pairs(4000, rng))
+    few = np.quantile(many, (np.arange(BATCH) + 0.5) / BATCH, axis=0)
+    ways = [rng.permuted(few, axis=0) for _ in range(100)]
+    return min(ways, key=lambda way: abs(padding(way) - padding(many)))
 
 
-def make_input(folder: Path, vocab: int, equal: bool) -> None:
-    """A model with its tokenizer, and pairs of random digits, one a token."""
+def make_input(folder: Path, case: Case) -> None:
+    """A model with its tokenizer, and a step's pairs of random digits, one a token."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from redi.data.arithmetic import write_tokenizer
 
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=vocab, **MODEL))
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=case.vocab, **MODEL))
     model.save_pretrained(folder / "model")
     write_tokenizer(folder / "model")
     rng = np.random.default_rng(0)
-    count = BATCH * STEPS
-    prompts = paper_lengths(count, 120, 800, rng)
-    sides = [paper_lengths(count, 5000, 19_000, rng) for _ in ("chosen", "rejected")]
-    if equal:
-        prompts = np.full(count, prompts.mean().round().astype(int))
-        sides = [np.full(count, np.mean(sides).round().astype(int))] * 2
+    lengths = step_lengths(rng) / SCALE
+    if case.equal:
+        prompt, *sides = lengths.mean(0)
+        lengths = np.tile([prompt, np.mean(sides), np.mean(sides)], (BATCH, 1))
     text = lambda n: "".join(rng.choice(list("0123456789"), n))
     message = lambda role, n: [{"role": role, "content": text(n)}]
     with (folder / "pairs.jsonl").open("w") as file:
-        for p, c, r in zip(prompts, *sides, strict=True):
+        for p, c, r in np.ceil(lengths).astype(int):
             row = {"prompt": message("user", p)}
             row |= {"chosen": message("assistant", c), "rejected": message("assistant", r)}
             file.write(json.dumps(row) + "\n")
 
 
 class Watch:
-    """Counts tokens on their way into the decoder; notes time and peak memory a step."""
+    """Counts tokens on their way into the decoder; notes the quickest step and the peak memory."""
 
     def __init__(self, lm: Any, cpu_time: bool):
-        self.lm, self.useful, self.computed = lm, 0, 0
+        self.lm, self.useful, self.computed, self.steps = lm, 0, 0, 0
         self.clock = time.process_time if cpu_time else time.perf_counter
-        self.seconds = self.base = self.peak = 0.0
+        self.seconds, self.base, self.peak = math.inf, 0.0, 0.0
         self.started: float | None = None
         lm.model.register_forward_pre_hook(self.count, with_kwargs=True)
 
@@ -100,8 +120,9 @@ class Watch:
 
     def on_step_end(self) -> None:
         if self.started is not None:
-            self.seconds += self.clock() - self.started
+            self.seconds = min(self.seconds, self.clock() - self.started)
             self.peak = resident("VmHWM")
+            self.steps += 1
         else:  # the first step: imports, optimizer state and workspaces are there now
             self.useful = self.computed = 0
             gc.collect()
@@ -114,10 +135,10 @@ class Watch:
 
     def row(self) -> dict:
         return {
-            "tokens_per_second": self.useful / self.seconds,
+            "tokens_per_second": self.useful / self.steps / self.seconds,
             "computed_per_useful": self.computed / self.useful,
             "above_mib": (self.peak - self.base) / 2**20,
-            "tokens": self.useful,
+            "tokens": self.useful // self.steps,
             "seconds": self.seconds,
         }
 
@@ -148,93 +169,83 @@ def run_apart(job: Job, cpu_time: bool) -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def measure(objective: str, case: str, cpu_time: bool) -> list[dict]:
-    trainers = ["redi", "trl", *(["trl packed"] if objective == "sft" else [])]
+def measure(objective: str, case: str, micro_batches: list[int], cpu_time: bool) -> list[dict]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        make_input(Path(folder), **CASES[case])
-        for trainer in trainers:
+        make_input(Path(folder), CASES[case])
+        for trainer in ("redi", "trl", "trl packed")[: 3 if objective == "sft" else 2]:
             best = 0.0
-            for micro_batch in MICRO_BATCHES[trainer]:
-                job = Job(
-                    Path(folder), objective, trainer, micro_batch, CHECKPOINTING, BATCH, STEPS
-                )
+            for micro_batch in [TOKENS] if trainer == "redi" else micro_batches:
+                how = CASES[case].checkpointing
+                job = Job(Path(folder), objective, trainer, micro_batch, how, BATCH, STEPS)
                 row = {"case": case, **asdict(job), **run_apart(job, cpu_time)}
                 del row["folder"]
                 rows.append(row)
                 print(line(row), file=sys.stderr, flush=True)
-                speed = row.get("tokens_per_second", 0.0)
-                if speed < 0.8 * best:  # larger micro-batches only pad more
+                if row.get("tokens_per_second", 0.0) < best:  # more pairs only pad more
                     break
-                best = max(best, speed)
+                best = row.get("tokens_per_second", best)
     return rows
 
 
 def line(row: dict) -> str:
     if "error" in row:
-        return f"| {row['trainer']} | {row['micro_batch']} | {row['error'][:90]} | | |"
+        return f"| {row['trainer']} | {row['micro_batch']} | {row['error'][:90]} | | | |"
     return (
         f"| {row['trainer']} | {row['micro_batch']} | {row['tokens_per_second']:,.0f} "
-        f"| {row['computed_per_useful']:.2f} | {row['above_mib']:,.0f} |"
+        f"| {row['computed_per_useful']:.2f} | {row['above_mib']:,.0f} | {row['seconds']:.1f} |"
     )
 
 
-def best_of(rows: list[dict], objective: str, case: str, ours: bool) -> dict | None:
-    fits = [
-        row
-        for row in rows
-        if (row["objective"], row["case"], row["trainer"] == "redi") == (objective, case, ours)
-        and "error" not in row
-    ]
-    return max(fits, key=lambda row: row["tokens_per_second"], default=None)
+def ratios(label: str, rows: list[dict]) -> str:
+    """A table's row: ours beside the quickest of TRL's."""
+    speed = lambda row: row.get("tokens_per_second", 0.0)
+    ours, theirs = (
+        max((row for row in rows if (row["trainer"] == "redi") == side), key=speed, default={})
+        for side in (True, False)
+    )
+    if not (speed(ours) and speed(theirs)):
+        return f"| {label} |" + " - |" * 8
+    return (
+        f"| {label} | {speed(ours):,.0f} | {speed(theirs):,.0f} "
+        f"| **{speed(ours) / speed(theirs):.2f}** "
+        f"| {ours['above_mib']:,.0f} | {theirs['above_mib']:,.0f} "
+        f"| **{ours['above_mib'] / theirs['above_mib']:.2f}** "
+        f"| {theirs['micro_batch']}{theirs['trainer'].removeprefix('trl')} "
+        f"| {theirs['computed_per_useful'] - 1:.0%} |"
+    )
 
 
 def report(result: dict) -> str:
-    rows = result["rows"]
-    objectives = list(dict.fromkeys(row["objective"] for row in rows))
-    lines = [
-        "| objective | redi tokens/s | TRL tokens/s | ratio | redi MiB | TRL MiB | ratio |"
-        " TRL's best: pairs a forward | padding |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
-    ]
-    factors = [
-        "| objective | " + " | ".join(CASES) + " |",
-        "| --- |" + " ---: |" * len(CASES),
-    ]
-    for objective in objectives:
-        speedups = []
-        for case in CASES:
-            ours, theirs = (best_of(rows, objective, case, side) for side in (True, False))
-            if ours is None or theirs is None:
-                speedups.append("-")
-                continue
-            speed = ours["tokens_per_second"] / theirs["tokens_per_second"]
-            memory = ours["above_mib"] / theirs["above_mib"]
-            speedups.append(f"{speed:.2f} x speed, {memory:.2f} x memory")
-            if case == "paper lengths":
-                lines.append(
-                    f"| {objective} | {ours['tokens_per_second']:,.0f} "
-                    f"| {theirs['tokens_per_second']:,.0f} | {speed:.2f} "
-                    f"| {ours['above_mib']:,.0f} | {theirs['above_mib']:,.0f} | {memory:.2f} "
-                    f"| {theirs['micro_batch']}{theirs['trainer'].removeprefix('trl')} "
-                    f"| {theirs['computed_per_useful'] - 1:.0%} |"
-                )
-        factors.append(f"| {objective} | " + " | ".join(speedups) + " |")
-    detail = ["| trainer | a forward | tokens/s | computed / useful | MiB |"]
-    detail += ["| --- | ---: | ---: | ---: | ---: |"]
-    for objective in objectives:
-        detail.append(f"| **{objective}**, paper lengths | | | | |")
-        chosen = [r for r in rows if r["objective"] == objective and r["case"] == "paper lengths"]
-        detail += [line(row) for row in chosen]
-    return "\n".join([*lines, "", *factors, "", *detail, ""])
+    rows, machine = result["rows"], result["machine"]
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["objective"], row["case"]), []).append(row)
+    paper = next(iter(CASES))
+    heads = (
+        "redi tokens/s | TRL tokens/s | ratio | redi MiB | TRL MiB | ratio"
+        " | TRL's best: pairs a forward | it pads |\n| --- |" + " ---: |" * 8
+    )
+    lines = [f"{machine['threads']} threads, torch {machine['torch']}, {machine['clock']} clock.\n"]
+    lines += [f"| objective, {paper} | {heads}"]
+    lines += [ratios(o, group) for (o, case), group in groups.items() if case == paper]
+    lines += ["", f"| DPO | {heads}"]
+    lines += [ratios(case, group) for (o, case), group in groups.items() if o == "dpo"]
+    lines += ["", "Every run:", ""]
+    lines += ["| trainer | a forward | tokens/s | computed / useful | MiB | seconds |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for (objective, case), group in groups.items():
+        lines += [f"| **{objective}**, {case} | | | | | |", *map(line, group)]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--objectives", nargs="+", default=["redi", "dpo", "simpo", "sft"])
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), help="default: all for DPO")
+    parser.add_argument("--micro-batches", nargs="+", type=int, default=MICRO_BATCHES)
     parser.add_argument("--json", type=Path, default=Path("runs/trainer.json"))
-    parser.add_argument("--write", type=Path, help="put the tables into this file")
+    parser.add_argument("--write", type=Path, help="put the tables into this page")
     parser.add_argument("--cpu-time", action="store_true", help="for a machine that others use too")
     parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -245,11 +256,12 @@ def main() -> None:
     if args.json.is_file():  # measured before, in part
         result = json.loads(args.json.read_text())
     for objective in args.objectives:
-        for case in args.cases:
+        for case in args.cases or list(CASES)[: None if objective == "dpo" else 1]:
             print(f"{objective}, {case}", file=sys.stderr)
-            fresh = measure(objective, case, args.cpu_time)
-            same = lambda row, o=objective, c=case: (row["objective"], row["case"]) == (o, c)
-            result["rows"] = [row for row in result["rows"] if not same(row)] + fresh
+            fresh = measure(objective, case, args.micro_batches, args.cpu_time)
+            name = lambda row: [row[k] for k in ("objective", "case", "trainer", "micro_batch")]
+            again = [name(row) for row in fresh]
+            result["rows"] = [row for row in result["rows"] if name(row) not in again] + fresh
     result["machine"] = {
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
@@ -261,7 +273,7 @@ def main() -> None:
     args.json.write_text(json.dumps(result, indent=1))
     print(report(result))
     if args.write:
-        args.write.write_text(report(result))
+        replace_between(args.write, "trainer_table", report(result))
 
 
 if __name__ == "__main__":
