@@ -3,7 +3,7 @@
 A pack holds traces end to end in one row, so attention must stop at their boundaries. No mask is
 ever built: stock SDPA or eager attention with a mask either needs T*T numbers or mixes neighbouring
 traces silently (transformers#46634). CUDA uses FlashAttention's varlen kernel; elsewhere SDPA runs
-per trace, or on traces of similar length side by side.
+per trace, or on short traces of similar length side by side.
 """
 
 import functools
@@ -19,6 +19,7 @@ NAME = "redi_varlen"
 # Softcapped or windowed traces are attended to in blocks of this many queries: a block's scores
 # (block x keys) bound the memory, and a window bounds the keys.
 QUERY_BLOCK = 512
+SHORT = 64  # tokens; up to here a call of SDPA costs more than the padding that saves it
 
 
 def register() -> None:
@@ -59,9 +60,9 @@ def varlen_attention(
     if attention_mask is not None:
         raise ValueError("redi_varlen takes no attention mask: boundaries come from cu_seqlens")
     q_TAD, k_TKD, v_TKD = (z[0].transpose(0, 1) for z in (q_1ATD, k_1KTD, v_1KTD))
+    longest = max(seqlens)
     flash = _flash_varlen() if q_TAD.is_cuda else None
     if flash is not None:
-        longest = max(seqlens)
         out_TAD = flash(
             q_TAD, k_TKD, v_TKD, cu_seqlens, cu_seqlens, longest, longest,
             softmax_scale=scaling, causal=True, softcap=softcap or 0.0,
@@ -69,7 +70,7 @@ def varlen_attention(
         )  # fmt: skip
     else:
         attend = functools.partial(_attend, scaling=scaling, window=sliding_window, softcap=softcap)
-        if len(seqlens) * max(seqlens) <= 2 * q_TAD.shape[0]:
+        if longest <= SHORT and len(seqlens) * longest <= 2 * q_TAD.shape[0]:
             out_TAD = _side_by_side(attend, q_TAD, k_TKD, v_TKD, seqlens)
         else:
             traces = zip(*(z.split(seqlens) for z in (q_TAD, k_TKD, v_TKD)), strict=True)
@@ -88,7 +89,7 @@ def _flash_varlen() -> Callable | None:
 
 def _side_by_side(attend: Callable, q_TAD, k_TKD, v_TKD, seqlens: tuple[int, ...]) -> Tensor:
     """All traces as one right-padded batch. Causality alone keeps real tokens from seeing the
-    padding behind them, so no mask is needed; worth it while padding at most doubles the tokens."""
+    padding behind them, so no mask is needed; the padding at most doubles the tokens."""
     row_T = _rows_in_padded_batch(seqlens, q_TAD.device)
     shape = (len(seqlens), max(seqlens))
     padded = (

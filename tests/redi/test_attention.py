@@ -150,5 +150,7 @@ def test_cost_grows_with_the_sum_of_squared_lengths(shaping):
     uneven = (900, 30, 400, 7, 7, 80)
     whole = sum(flop(n) for n in uneven)
     assert flop(*uneven) == whole  # trace by trace
-    even = (70, 64, 50, 61)  # side by side: padded, at most to twice the tokens
+    long = (170, 164, 150, 161)  # even, but too long for padding to be cheap
+    assert flop(*long) == sum(flop(n) for n in long)
+    even = (64, 60, 50, 61)  # side by side: padded, at most to twice the tokens
     assert flop(*even) <= 2 * sum(flop(n) for n in even)
