@@ -221,7 +221,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, T: int, device: torch.device) -> None:
     if not _has_values(cu_seqlens):
         return
     ends = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T) & (cu_seqlens.diff() >= 0).all()
-    _require(ends, f"cu_seqlens must start at 0, never decrease and end at T = {T}")
+    require(ends, f"cu_seqlens must start at 0, never decrease and end at T = {T}")
 
 
 def _compute_dtype(x_TH: Tensor, w_VH: Tensor) -> torch.dtype:
@@ -246,7 +246,7 @@ def _has_values(t: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or t.is_meta or isinstance(t, FakeTensor))
 
 
-def _require(condition: Tensor, message: str) -> None:
+def require(condition: Tensor, message: str) -> None:
     """ValueError on CPU; elsewhere a device-side assertion, which does not wait for the device."""
     if condition.device.type == "cpu":
         if not condition:
@@ -431,12 +431,12 @@ class _Valid:
         if num_valid is None:
             index_N = valid_T.nonzero()[:, 0]
         else:
-            _require(valid_T.sum() == num_valid, f"num_valid={num_valid} is not y_T's number")
+            require(valid_T.sum() == num_valid, f"num_valid={num_valid} is not y_T's number")
             index_N = torch.nonzero_static(valid_T, size=num_valid)[:, 0]
         self.index_N = None if len(index_N) == self.T else index_N
         self.y_N = self.take(y_T).long()
         inside = ((self.y_N >= 0) & (self.y_N < V)).all()
-        _require(
+        require(
             inside, f"y_T holds targets outside [0, {V}) other than ignore_index={ignore_index}"
         )
 

@@ -15,6 +15,7 @@ from redi_kernels.head import accumulator
 from redi_kernels.logprobs import (
     SequenceLogProbs,
     check_cu_seqlens,
+    require,
     segment_sum,
     sequence_logprobs,
     token_logprobs,
@@ -171,9 +172,12 @@ def _sequences(x_TH, w_VH, y_T, cu_seqlens, options):
 
 
 def _gap(score_S: Tensor, is_chosen_S: Tensor) -> Tensor:
-    chosen, rejected = score_S[is_chosen_S], score_S[~is_chosen_S]
-    if len(chosen) != len(rejected):
-        raise ValueError(f"{len(chosen)} chosen sequences, {len(rejected)} rejected: not pairs")
+    """[S / 2]. Sorted instead of masked: a mask's length is on the device, and asking for it
+    waits."""
+    pairs = 2 * is_chosen_S.sum() == len(score_S)
+    require(pairs, "is_chosen_S has not as many chosen sequences as rejected ones: not pairs")
+    order_S = torch.argsort(~is_chosen_S, stable=True)
+    chosen, rejected = score_S[order_S].tensor_split(2)
     return chosen - rejected
 
 
