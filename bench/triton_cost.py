@@ -8,15 +8,16 @@ launch ("footprint": what HBM must move at least once, a lower bound).
 """
 
 import contextlib
-import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from redi.rehearsal import LiveBytes
 
 SECTOR_BITS = 5
 
@@ -132,48 +133,27 @@ class KernelCost:
         return counted
 
 
-class TorchCost(TorchDispatchMode):
+class TorchCost(LiveBytes):
     """FLOP of matmuls, bytes in and out of every op that moves data, live and peak new bytes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = self.bytes = self.ops = self.live = self.peak = 0
+        self.flops = self.bytes = self.ops = 0
         self.by_op: Counter[str] = Counter()
-        self.known: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        inputs, outputs = _tensors((args, kwargs)), _tensors(out)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         if func._overloadpacket in flop_registry:
             self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
         elif func._opname in ("addmm_", "addmm"):
             self.flops += 2 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
-        old = {t.untyped_storage()._cdata for t in inputs}
-        for tensor in outputs:
-            if tensor.untyped_storage()._cdata not in old:
-                self._track(tensor)
         if not _is_free(func):
-            moved = _moved(func._opname, inputs, outputs)
+            moved = _moved(func._opname, _tensors((args, kwargs)), _tensors(out))
             self.ops += 1
             self.bytes += moved
             self.by_op[func._opname] += moved
         return out
-
-    def _track(self, tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known:
-            return
-        self.known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-        def gone() -> None:
-            self.known.discard(key)
-            self.live -= size
-
-        weakref.finalize(storage, gone)
 
 
 def _tensors(tree) -> list[torch.Tensor]:

@@ -212,13 +212,18 @@ def _time(
     planner: Planner, schedule: Schedule, gpus: int, gpu: str, mean_length: int | None
 ) -> str:
     config = planner.config
-    traces = schedule.total_steps * config.train_batch_size * (1 + (config.objective != "sft"))
+    sides = 1 if config.objective == "sft" else 2
+    traces = sides * schedule.total_steps * config.train_batch_size
     told = "as given" if mean_length else "assumed: a third of max_length; --mean-length sets it"
     length = mean_length or config.max_length // 3
     mfu = ASSUMED_MFU[config.gradient_checkpointing]
-    seconds = traces * model_flops(planner.model.lm, [length]) / (mfu * PEAK_FLOPS[gpu] * gpus)
+    trace_hours = model_flops(planner.model.lm, [length]) / (PEAK_FLOPS[gpu] * gpus) / 3600
+    hours, more = traces * trace_hours / mfu, ""
+    if config.objective == "dpo":  # a forward of every trace, once
+        reference = sides * schedule.num_examples * trace_hours / 3 / ASSUMED_MFU["none"]
+        hours, more = hours + reference, f", {reference:.1f} of them for the reference's log-probs"
     return (
-        f"{seconds / 3600:.1f} hours (modelled: {gpu}, {mfu:.0%} of its peak of "
+        f"{hours:.1f} hours{more} (modelled: {gpu}, {mfu:.0%} of its peak of "
         f"{PEAK_FLOPS[gpu] / 1e12:.0f} TFLOP/s, traces of {length:,} tokens {told})"
     )
 

@@ -189,7 +189,7 @@ class Loop:
             check_same(found, saved["identity"], self.identity)
             checkpoint.load(found, self.model, self.optimizer)
             state.step, state.skipped = saved["step"], saved["skipped"]
-            self.guard.history = saved["guard"]
+            self.guard.history = saved.get("guard", {})  # none in a checkpoint of an older redi
 
     def run(self, state: TrainState, listeners: list[Any]) -> dict[str, float]:
         """Trains from `state` to the end; returns the last logged metrics."""
@@ -212,10 +212,7 @@ class Loop:
                     if stopping or alarm or self._due(state, self.config.save_steps):
                         self.save(state, listeners)
                     if stopping:
-                        raise Interrupted(
-                            f"stopped after step {state.step} of {state.total_steps}, "
-                            "checkpoint saved; run the same command to continue"
-                        )
+                        raise Interrupted(f"{_stopped(state)}; run the same command to continue")
                     self.stop_if_collapsed(state)
             finally:
                 self.work.close()
@@ -329,8 +326,8 @@ class Loop:
     def stop_if_collapsed(self, state: TrainState) -> None:
         if self.config.collapse_guard == "stop" and self.guard.alarms():
             raise RediError(
-                f"stopped after step {state.step} of {state.total_steps}, checkpoint saved: "
-                f"{self.guard.verdict()} Set collapse_guard: warn to train on from there"
+                f"{_stopped(state)}: {self.guard.verdict()} "
+                "Set collapse_guard: warn to train on from there"
             )
 
     def save(self, state: TrainState, listeners: list[Any]) -> None:
@@ -377,6 +374,12 @@ def make_optimizer(model: PackedLM, config: TrainConfig) -> torch.optim.AdamW:
         eps=config.adam_epsilon,
         fused=True,
     )
+
+
+def _stopped(state: TrainState) -> str:
+    newest = max(checkpoint.checkpoints(state.output_dir), default=0)
+    saved = "checkpoint saved" if newest == state.step else f"NOT saved (the last save: {newest})"
+    return f"stopped after step {state.step} of {state.total_steps}, {saved}"
 
 
 def _checked(config: TrainConfig | dict[str, Any] | str | Path) -> TrainConfig:

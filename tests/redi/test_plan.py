@@ -1,5 +1,7 @@
 """`redi plan`: what it foresees against what a real step allocates; whether it fits, what would."""
 
+import re
+
 import plan_check
 import pytest
 import tiny
@@ -74,6 +76,17 @@ def test_text_says_whether_it_fits_and_how_long(paper):
     assert "modelled: A100, 30% of its peak of 312 TFLOP/s, traces of 5,000 tokens as given" in text
     with pytest.raises(RediError, match="Z80"):
         describe(paper, gpu="Z80")
+
+
+def test_time_counts_the_forwards_of_a_reference(paper):
+    def hours(**changes):
+        rows = describe(paper.model_copy(update=changes), gpus=8, mean_length=5000).splitlines()
+        return [float(x) for x in re.findall(r"([\d.]+) (?:hours|of them)", rows[-1])]
+
+    (redi,), (dpo, reference) = hours(objective="redi"), hours(objective="dpo")
+    epochs = paper.num_train_epochs  # a third of the FLOP, at 40% of the peak instead of 30%
+    assert reference == pytest.approx(redi / epochs / 3 * 30 / 40, abs=0.06)
+    assert dpo == pytest.approx(redi + reference, abs=0.06)
 
 
 def test_planning_leaves_nothing_behind(tmp_path):

@@ -297,6 +297,31 @@ def test_full_disk_warns_and_goes_on(straight, tmp_path, capsys):
     assert metrics(tmp_path / "out") == metrics(straight[0] / "out")
 
 
+def test_stopped_on_a_full_disk_says_what_was_saved(straight, tmp_path):
+    """And a checkpoint of an older redi, which kept nothing for the guard, is continued."""
+
+    class Full(FullDisk):
+        def on_step_end(self, state):
+            if state.step == 3:
+                self.limit((state.output_dir / "metrics.jsonl").stat().st_size + 10)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        with pytest.raises(Interrupted, match=r"step 3 of 6, NOT saved \(the last save: 2\)"):
+            train(tiny.train_settings(tmp_path), [Full()])
+    finally:
+        FullDisk().limit(FullDisk.NONE)
+    folder = tmp_path / "out" / "checkpoint-2"
+    state = json.loads((folder / checkpoint.STATE).read_text())
+    del state["guard"]
+    (folder / checkpoint.STATE).write_text(json.dumps(state))
+    marker = json.loads((folder / checkpoint.MARKER).read_text())
+    marker[checkpoint.STATE] = checkpoint._record(folder / checkpoint.STATE)
+    (folder / checkpoint.MARKER).write_text(json.dumps(marker))
+    train(tiny.train_settings(tmp_path))
+    assert same_bits(straight[0] / "out", tmp_path / "out")
+
+
 def test_full_disk_at_the_end_keeps_the_checkpoint(straight, tmp_path):
     class Full(FullDisk):
         def on_save(self, state):
