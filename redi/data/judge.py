@@ -79,7 +79,8 @@ def judge(text: str, answer: str) -> Verdict:
     box = _last_box(text)
     try:
         if box is None:
-            text, answer = rewrite(text), rewrite(answer)
+            given = text = rewrite(text)
+            answer = rewrite(answer)
         else:
             given = text[box[1] : box[2] - 1]
             if unwrap(given) != given or unwrap(answer) != answer:
@@ -98,7 +99,7 @@ def judge(text: str, answer: str) -> Verdict:
         found = parse(text, kinds, parsing_timeout=None, raise_on_error=True)
         if not gold or not found:
             return "unparsable"
-        return "correct" if _is_equal(gold, found, "%" in text + answer) else "wrong"
+        return "correct" if _is_equal(gold, found, "%" in given + answer) else "wrong"
     except Exception:  # parsers fail in many ways on text that holds no answer
         return "unparsable"
 
@@ -132,6 +133,8 @@ def _differ(a: Any, b: Any) -> bool:
     from sympy import Expr, Float
 
     if not (isinstance(a, Expr) and isinstance(b, Expr) and a.is_number and b.is_number):
+        return False
+    if a.is_infinite or b.is_infinite:
         return False
     a, b = a.doit(), b.doit()
     tolerance = 5e-6 if a.has(Float) or b.has(Float) else 1e-30

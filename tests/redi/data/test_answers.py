@@ -52,6 +52,11 @@ def test_what_stands_before_the_box_does_not_matter(shown):
         assert judge(shown.format(boxed(given)), r"4\frac{2}{3}") == verdict
 
 
+def test_a_percent_sign_before_the_box_makes_nothing_lenient():
+    text = r"So 50% of them: \boxed{6.626 \times 10^{-33}}"
+    assert judge(text, r"6.626 \times 10^{-34}") == "wrong"
+
+
 HOSTILE = {
     "tower": r"\boxed{9^{9^{9^9}}}",
     "factorials": r"\boxed{((10!)!)!}",
