@@ -10,6 +10,7 @@ from made_up import metrics_rows, write_eval, write_stage
 from redi.charts import POINTS
 from redi.errors import RediError
 from redi.meter import PARTS
+from redi.results import bootstrap, load_result
 from redi.run_page import clock, colours_of, write_run_page
 
 
@@ -30,7 +31,7 @@ def root(tmp_path):
     write_stage(root / "redi", metrics_rows(40, collapse=True), done=False)
     write_eval(root / "eval" / "sft", [[1, 0], [0, 0]] * 10, dataset=tests)
     write_eval(root / "eval" / "control", [[1, 0], [0, 1]] * 10, dataset=tests)
-    write_eval(root / "eval" / "redi", [[1, 1], [0, 1]] * 10, text=HOSTILE[1], dataset=tests)
+    write_eval(root / "eval" / "redi", [[1, 1], [1, 1]] * 10, text=HOSTILE[1], dataset=tests)
     recipe = {"name": "tiny", "baseline": "control", "arms": {"redi": {}, "control": {}}}
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     return root
@@ -45,10 +46,14 @@ def test_figures_are_those_of_metrics_json(root):
         score, sem = 100 * metrics["pass@1"], 100 * metrics["pass@1_sem"]
         assert row["pass@1 ± SEM"] == f"{score:.1f} ± {sem:.1f}"
         assert row["pass@2"] == f"{100 * metrics['pass@2']:.1f}"
+        interval = bootstrap(
+            100 * load_result(root / "eval" / row["model"]).correct_PN.mean(axis=1)
+        )
         assert f"--x:{score:.2f}%" in page.source  # its bar
+        assert f"{score:.1f} [{interval.low:.1f}, {interval.high:.1f}]" in page.text
     assert rows[2]["vs control [95% CI]"] == "baseline"
     lede = " ".join(page.text.split())
-    assert "Highest pass@1: redi, 75.0 ± 17.7 percent; against control +25.0 [" in lede
+    assert "Highest pass@1: redi, 100.0 ± 0.0 percent; against control +50.0 [" in lede
 
 
 def test_training_table_and_curves(root):
@@ -94,20 +99,21 @@ def test_samples_are_where_models_differ_and_escaped(root):
     page = Page(write_run_page(root))
     samples = [t for t in page.tables if t[0] == ["model", "first sample", "verdict", "right"]]
     assert len(samples) == 6
-    # even problems: 50 (sft), 50, 100; odd ones: 0, 50, 50. Ties stay in order.
-    assert [row[3] for row in samples[0][1:]] == ["50%", "100%", "50%"]
+    # even problems: 50 (sft), 100, 50; odd ones: 0, 100, 50, and these differ more
+    assert [row[3] for row in samples[0][1:]] == ["0%", "100%", "50%"]
+    assert [row[3] for row in samples[5][1:]] == ["0%", "100%", "50%"]
     assert samples[0][2][1] == HOSTILE[1]
-    assert f"{HOSTILE[0]} 0?" in page.text  # the question
+    assert f"{HOSTILE[0]} 1?" in page.text  # the question
 
 
 def test_without_the_dataset_problems_are_named_by_id(root):
     (root.parent / "test.jsonl").unlink()
-    assert "id-0" in Page(write_run_page(root)).text
+    assert "id-1" in Page(write_run_page(root)).text
     moved = root / "task"
     moved.mkdir()
     rows = [{"id": f"id-{i}", "problem": f"moved {i}", "answer": "1"} for i in range(20)]
     (moved / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "moved 0" in Page(write_run_page(root)).text
+    assert "moved 1" in Page(write_run_page(root)).text
 
 
 @pytest.mark.parametrize("name", [HOSTILE[2], HOSTILE[3], HOSTILE[6]])
