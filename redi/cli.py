@@ -116,6 +116,7 @@ def compare(
     published: Annotated[
         bool, typer.Option("--published", help="the paper's rows too, marked as such")
     ] = False,
+    output: Annotated[Path | None, typer.Option("--output", help="an HTML page as well")] = None,
 ) -> None:
     """Evaluated models side by side: scores, intervals, paired tests."""
     from redi.compare import load_models, paired_table, score_table
@@ -123,9 +124,17 @@ def compare(
 
     models = load_models(evaluations)
     print_table(score_table(models, published))
-    tests = paired_table(models, baseline or next(iter(models)))
+    baseline = baseline or next(iter(models))
+    tests = paired_table(models, baseline)
     if tests is not None:
         print_table(tests)
+    if output is not None:
+        from redi.compare_page import write_compare_page
+
+        page = write_compare_page(
+            output, evaluations, models, baseline=baseline, published=published
+        )
+        print(f"page: {page}")
 
 
 @app.command()

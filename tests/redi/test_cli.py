@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import yaml
+from made_up import write_eval
 
 from redi import cli
 
@@ -272,3 +273,11 @@ def test_pages(redi, tmp_path):
     refused(redi(*args, "--row", 2, "--id", "x"), "--row and --id")
     refused(redi("report", tmp_path / "tokenizer"), "no run")
     refused(redi("data", "report", tmp_path), "report.json")
+
+
+def test_compare_writes_a_page(redi, tmp_path):
+    for name in "ab":
+        write_eval(tmp_path / name, [[1, 0], [0, 0]])
+    code, out, _ = redi("compare", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "c.html")
+    assert code == 0 and f"page: {tmp_path / 'c.html'}" in out
+    assert "25.0" in (tmp_path / "c.html").read_text()
