@@ -1,11 +1,11 @@
 """The collapse guard on finished demo runs: when it speaks, and how close the others came.
 
     make demo && python bench/guard_check.py runs/demo
-    python bench/guard_check.py runs/demo --write docs/training.md
+    python bench/guard_check.py runs/demo runs/slip --write docs/training.md
 
 Shows the guard every stage's metrics.jsonl, as the loop did. `--write` puts the table between the
-page's markers and the picture beside it. Exit 1 if it speaks on a stage other than redi-1, or not
-there.
+page's markers and, of the first run, the picture beside it. Exit 1 if it speaks on other stages
+than `--speaks` says.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pages import replace_between
 
-from redi.guard import SIGNS, CollapseGuard
+from redi.guard import SIGNS, CollapseGuard, limit
 from redi.monitor import read_metrics
 from redi.plots import COLOURS, _dress, _figure, _save
 
@@ -39,7 +39,9 @@ def replay(rows: list[dict]) -> tuple[int | None, dict[str, float]]:
             history = guard.history.get(sign.key)
             if history and history["best"] is not None:
                 fall = sign.worse * (statistics.median(history["recent"]) - history["best"])
-                closest[sign.key] = max(closest.get(sign.key, 0.0), fall / sign.limit)
+                closest[sign.key] = max(
+                    closest.get(sign.key, 0.0), fall / limit(sign, history["early"])
+                )
     return first, closest
 
 
@@ -59,26 +61,30 @@ def draw(runs: dict[str, list[dict]], alarms: dict[str, int | None], file: Path)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+", help="output folders of `redi run`")
+    parser.add_argument("--speaks", nargs="*", default=["redi-1"], help="stages that collapse")
     parser.add_argument("--write", type=Path)
     args = parser.parse_args()
-    stages = ["pretrain", "sft", "control", "redi-0.5", "redi-0.8", "redi-1"]
-    runs = {name: read_metrics(args.run / name / "metrics.jsonl") for name in stages}
     heads = ["chosen", "stop", "p < 1e-4", "entropy"]
-    lines = [f"| stage | steps | first alarm | {' | '.join(heads)} |", "|---|---|---|" + "---|" * 4]
-    alarms: dict[str, int | None] = {}
-    for name, rows in runs.items():
-        alarms[name], closest = replay(rows)
-        cells = [f"{closest[s.key]:.2f}" if s.key in closest else "" for s in SIGNS]
-        alarm = "none" if alarms[name] is None else f"step {alarms[name]}"
-        lines.append(f"| {name} | {len(rows):,} | {alarm} | {' | '.join(cells)} |")
-    text = "\n".join(lines)
-    print(text)
+    lines = [f"| run | stage | steps | first alarm | {' | '.join(heads)} |", "|---" * 8 + "|"]
+    wrong, alarms, stages = False, {}, {}
+    for run in args.runs:
+        found = [read_metrics(file) for file in run.glob("*/metrics.jsonl")]
+        names = [file.parent.name for file in run.glob("*/metrics.jsonl")]
+        for rows, name in sorted(zip(found, names, strict=True), key=lambda x: x[0][0]["time"]):
+            first, closest = replay(rows)
+            wrong |= (first is not None) != (name in args.speaks)
+            cells = [f"{closest[s.key]:.2f}" if s.key in closest else "" for s in SIGNS]
+            alarm = "none" if first is None else f"step {first}"
+            lines.append(f"| {run.name} | {name} | {len(rows):,} | {alarm} | {' | '.join(cells)} |")
+            if run == args.runs[0]:
+                stages[name], alarms[name] = rows, first
+    print("\n".join(lines))
     if args.write:
-        replace_between(args.write, "guard_check", text)
-        shown = {name: runs[name] for name in ("redi-0.8", "redi-1")}
+        replace_between(args.write, "guard_check", "\n".join(lines))
+        shown = {name: stages[name] for name in ("redi-0.8", "redi-1")}
         draw(shown, alarms, args.write.parent / "collapse.png")
-    return [name for name in stages if alarms[name] is not None] != ["redi-1"]
+    return wrong
 
 
 if __name__ == "__main__":

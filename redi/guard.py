@@ -76,10 +76,15 @@ class CollapseGuard:
         if best is None or sign.worse * (now - best) < 0:
             history["best"] = best = now
         fall = sign.worse * (now - best)
-        if history["alarm"] or fall <= sign.limit + min(3 * _spread(early), sign.limit):
+        if history["alarm"] or fall <= limit(sign, early):
             return False
         history["alarm"] = f"{sign.text} was {best:.2g} and is {now:.2g} ({sign.key})"
         return True
+
+
+def limit(sign: Sign, early: list[float]) -> float:
+    """How much worse `sign` may get in a run whose first values were `early`."""
+    return sign.limit + min(3 * _spread(early), sign.limit)
 
 
 def _spread(values: list[float]) -> float:
