@@ -105,7 +105,9 @@ def histogram(series: Mapping[str, Sequence[float]], edges: Sequence[float], nam
         )
         path = f"M{x_axis.at(0)} {BOTTOM}{steps}V{BOTTOM}Z"
         paths.append(f'<path class="area {line_class(i)}" d="{path}"/>')
-    round_numbers = [m * 10**d for d in range(10) for m in (1, 2, 5)]
+    narrow = edges[-1] < 20 * max(edges[0], 1)
+    digits = range(1, 10) if narrow else (1, 2, 5)
+    round_numbers = [m * 10**d for d in range(10) for m in digits]
     inside = [x for x in round_numbers if edges[0] <= x <= edges[-1]]
     inside = inside[:: -(-len(inside) // 6) or 1]
     marks = {float(np.interp(x, edges, np.arange(bins + 1))): short(x) for x in inside}
