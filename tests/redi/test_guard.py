@@ -37,7 +37,7 @@ def test_batches_that_differ_are_no_collapse():
     """Ten times the demo's noise (steps of one or two traces), and odd steps far outside it."""
     assert first_alarm(drifting("logps/chosen", 0.15, steps=3000, spread=0.3)) is None
     assert first_alarm(drifting("logps/chosen", 0, odd=(30, 31, 50, 52, 54))) is None
-    assert first_alarm(drifting("logps/chosen", 4, spread=0.5)) is not None
+    assert first_alarm(drifting("logps/chosen", 2, spread=1.0)) is not None
 
 
 def test_a_fall_after_a_rise_counts_from_the_top():
