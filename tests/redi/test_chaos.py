@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("one, two", [(2, 0), pytest.param(4, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("one", "two"), [(2, 0), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_killed_runs_lose_nothing_and_end_in_the_same_bits(one, two):
     command = [sys.executable, "bench/chaos.py", "--one", str(one), "--two", str(two)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
