@@ -90,15 +90,27 @@ def timeless(row: dict[str, float]) -> dict[str, float]:
     return {key: value for key, value in row.items() if not key.startswith(clocks)}
 
 
-def ticker(label: str, every: float = 10.0) -> Callable[[int], None]:
-    """Prints "{label}  {count}" at most every so many seconds: for work of unknown length."""
-    printed = time.monotonic()
+def ticker(label: str, every: float = 10.0) -> Callable[..., None]:
+    """Prints "{label}  {count}" at most every so many seconds; given the share of the work that is
+    done as well, also that and the time left, at the pace since the first call."""
+    start = printed = time.monotonic()
+    first: float | None = None
 
-    def tick(count: int) -> None:
-        nonlocal printed
-        if time.monotonic() - printed >= every:
-            printed = time.monotonic()
-            print(f"{label}  {count:,}", file=sys.stderr, flush=True)
+    def tick(count: int, share: float | None = None) -> None:
+        nonlocal printed, first
+        now = time.monotonic()
+        if first is None and share is not None:
+            first = share
+        if now - printed < every:
+            return
+        printed = now
+        text = f"{label}  {count:,}"
+        if share is not None and first is not None:
+            text += f"  {share:.0%}"
+            if share > first:
+                left = round((now - start) * (1 - share) / (share - first))
+                text += f"  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        say(text)
 
     return tick
 

@@ -14,7 +14,6 @@ Every step is skipped when its result is there and belongs to the same settings,
 be interrupted anywhere and continued by the same command.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from typing import Any
 import yaml
 
 from redi.config import DataConfig, EvalConfig, RunConfig, TrainConfig, load_config, make_config
+from redi.data.files import find_files, is_hub_name
 from redi.errors import RediError
 from redi.evaluate import EvalResult, evaluate
 from redi.files import write_text
@@ -56,8 +56,8 @@ class Job:
             self.data = DataConfig(path=str(self.task_dir / "train.jsonl"))
         else:
             self.data = config.data
-            if not Path(self.data.path).exists() and not any(c in self.data.path for c in "*?["):
-                raise RediError(f"data.path: {self.data.path}: no such file or folder")
+            if not is_hub_name(self.data.path):
+                find_files(self.data.path)
         self.eval = make_config(
             EvalConfig,
             self._fill({"seed": config.seed} | config.eval.model_dump(exclude_unset=True)),
@@ -133,28 +133,12 @@ def _make_task(job: Job) -> None:
 
 def _build_data(job: Job) -> None:
     from redi.data.build import build
-    from redi.data.read import find_files
     from redi.model import load_tokenizer
 
-    first = next(iter(job.stages.values()))
-    tokenizer = load_tokenizer(first)
-    digest = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode())
-    digest.update(repr(tokenizer.chat_template).encode())
-    for file in find_files(job.data.path):
-        with file.open("rb") as content:
-            while block := content.read(1 << 24):
-                digest.update(block)
-    identity = {
-        "data": job.data.model_dump(exclude={"path", "num_workers"}),
-        "input": digest.hexdigest(),
-    }
-
-    def work() -> None:
-        rows = ticker("rows read")
-        report = build(job.data, job.data_dir, tokenizer=tokenizer, progress=rows)
-        print(report.text(), flush=True)
-
-    _once(job.data_dir, identity, work)
+    _say(f"== {job.data_dir.name}")
+    tokenizer = load_tokenizer(next(iter(job.stages.values())))
+    report = build(job.data, job.data_dir, tokenizer=tokenizer, progress=ticker("rows read"))
+    print(report.text(), flush=True)
 
 
 def _once(folder: Path, identity: dict[str, Any], work: Callable[[], Any]) -> None:

@@ -145,8 +145,10 @@ def _differ(a: Any, b: Any) -> bool:
 def serve(judge: Callable[[str, str], Verdict]) -> None:
     """The worker: one JSON pair [text, answer] per line in, one verdict per line out, until EOF.
 
-    Argument 1 is the parent's sys.path, argument 2 the seconds after which the kernel ends a worker
-    that hangs and whose parent is gone; the last is the grader.
+    Argument 1 is the parent's sys.path, argument 2 the seconds of computing allowed for one answer:
+    the kernel ends a worker that takes more (SIGPROF), so that a verdict does not depend on what
+    else the machine does. Argument 3 is the same by the clock, for a worker whose parent is gone;
+    the last is the grader.
     """
     import contextlib
     import logging
@@ -155,7 +157,7 @@ def serve(judge: Callable[[str, str], Verdict]) -> None:
     import signal
 
     sys.path[:] = json.loads(sys.argv[1])
-    limit = float(sys.argv[2])
+    limit, by_the_clock = float(sys.argv[2]), float(sys.argv[3])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     with contextlib.suppress(OSError, ValueError):  # macOS knows no such limit
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT, resource.RLIM_INFINITY))
@@ -167,9 +169,11 @@ def serve(judge: Callable[[str, str], Verdict]) -> None:
     print("ready", file=out, flush=True)
     os.dup2(nowhere, 2)  # only a failed start is worth reading
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, limit)  # default action: the process ends
+        signal.setitimer(signal.ITIMER_PROF, limit)  # default action: the process ends
+        signal.setitimer(signal.ITIMER_REAL, by_the_clock)
         text, answer = json.loads(line)
         print(judge(text, answer), file=out, flush=True)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 

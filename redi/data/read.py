@@ -1,24 +1,19 @@
-"""Files to rows, rows to `Problem`s (raw generations) or `Example`s (ready to train on).
+"""Rows to `Problem`s (raw generations) or `Example`s (ready to train on).
 
-Reads .jsonl, .jsonl.gz and .parquet; a file, a folder or a glob. Every error names file, row and
-field, and what to do.
+Every error names file, row and field, and what to do.
 """
 
 import difflib
-import glob
-import gzip
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from redi.data.files import kind_of, read_rows
 from redi.errors import RediError
 
 Message: TypeAlias = dict[str, str]  # {"role": ..., "content": ...}
 Prompt: TypeAlias = str | list[Message]  # plain text, or chat messages for the tokenizer's template
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 PROBLEM_COLUMNS = ("problem", "prompt", "question")
 READY_COLUMNS = ("chosen", "rejected", "completion", "messages")
 # Where each judge's verdicts stand: inside `correctness` (OpenR1-Math-Raw) or flat (-220k, plain).
@@ -27,6 +22,10 @@ JUDGE_COLUMNS = {
     "math_verify": ("math_verify_reparsed_answer", "correctness_math_verify"),
     "verdicts": (None, "verdicts"),
 }
+
+
+class MissingColumn(RediError):
+    """What ails all rows of a file, not this one."""
 
 
 @dataclass(frozen=True)
@@ -65,37 +64,6 @@ class Problem:
     source: str | None = None
 
 
-def find_files(path: str | Path) -> list[Path]:
-    """The data files that `path` (a file, a folder or a glob) means, sorted. Raises RediError."""
-    root = Path(path)
-    if root.is_file():
-        if not root.name.endswith((*SUFFIXES, ".json")):
-            raise RediError(f"{root}: not a data file; expected one of {', '.join(SUFFIXES)}")
-        return [root]
-    found = root.rglob("*") if root.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-    files = sorted(p for p in found if p.name.endswith(SUFFIXES) and p.is_file())
-    if not files:
-        what = f"holds no {', '.join(SUFFIXES)} file" if root.is_dir() else "no such file"
-        raise RediError(f"{path}: {what}")
-    if {"positives.parquet", "pairs.parquet"} <= {p.name for p in files}:
-        raise RediError(f"{path}: both positives.parquet and pairs.parquet; name one of them")
-    return files
-
-
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (where, row) over all files of `path`; `where` is "name.jsonl line 12", from 1, and
-    unique within the call.
-
-    Raises RediError for a missing file, a line that is not a JSON object, a broken archive.
-    """
-    for file in find_files(path):
-        name = file.name if file == Path(path) else str(file)
-        if Path(path).is_dir():
-            name = file.relative_to(path).as_posix()
-        read = {".parquet": _read_parquet, ".json": _read_json}.get(file.suffix, _read_jsonl)
-        yield from read(file, name)
-
-
 def read_examples(path: str | Path) -> list[Example]:
     """Ready rows: prompt/chosen/rejected, prompt/completion[/label], or messages.
 
@@ -121,7 +89,7 @@ def to_problem(row: dict[str, Any], where: str) -> Problem:
     _check_list(generations, str, where, "generations")
     nested = row.get("correctness") or {}
     if not isinstance(nested, dict):
-        raise RediError(f"{where}: `correctness` is {_kind(nested)}; expected one list per judge")
+        raise RediError(f"{where}: `correctness` is {kind_of(nested)}; expected one list per judge")
     judgments = {}
     for judge, (inside, flat) in JUDGE_COLUMNS.items():
         name, verdicts = (inside, nested.get(inside)) if inside in nested else (flat, row.get(flat))
@@ -129,7 +97,7 @@ def to_problem(row: dict[str, Any], where: str) -> Problem:
             _check_list(verdicts, bool, where, str(name))
             judgments[judge] = verdicts
     if "answer" not in row and not judgments:
-        raise RediError(
+        raise MissingColumn(
             f"{where}: neither `answer` nor verdicts, so nothing says which generation is correct; "
             f"columns found: {', '.join(row)}"
         )
@@ -194,7 +162,7 @@ def answer_of(row: dict[str, Any], where: str) -> str | None:
         value = int(value) if value.is_integer() else value
     if isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
-    raise RediError(f"{where}: `answer` is {_kind(value)}; expected one text or number")
+    raise RediError(f"{where}: `answer` is {kind_of(value)}; expected one text or number")
 
 
 def make_prompt(
@@ -242,7 +210,9 @@ def _conversation(value: Any, where: str, name: str) -> list[Message] | None:
 
 def _messages(value: Any, where: str, name: str) -> list[Message]:
     if not isinstance(value, list) or not value:
-        raise RediError(f"{where}: `{name}` is {_kind(value)}; expected text or a list of messages")
+        raise RediError(
+            f"{where}: `{name}` is {kind_of(value)}; expected text or a list of messages"
+        )
     for i, message in enumerate(value):
         if not isinstance(message, dict) or not all(
             isinstance(message.get(key), str) for key in ("role", "content")
@@ -262,7 +232,7 @@ def _column(row: dict[str, Any], where: str, *names: str) -> str:
         if name in row:
             return name
     near = next((n for name in names for n in difflib.get_close_matches(name, row, n=1)), None)
-    raise RediError(
+    raise MissingColumn(
         f"{where}: no column {' or '.join(f'`{name}`' for name in names)}; columns found: "
         f"{', '.join(row) or 'none'}" + (f" (is `{near}` meant?)" if near else "")
     )
@@ -270,16 +240,11 @@ def _column(row: dict[str, Any], where: str, *names: str) -> str:
 
 def _check_list(value: Any, kind: type, where: str, name: str) -> None:
     if not isinstance(value, list):
-        raise RediError(f"{where}: `{name}` is {_kind(value)}; expected a list")
+        raise RediError(f"{where}: `{name}` is {kind_of(value)}; expected a list")
     for i, item in enumerate(value):
         if item is not None and not isinstance(item, kind):
             expected = "text" if kind is str else "true, false or null"
-            raise RediError(f"{where}: `{name}[{i}]` is {_kind(item)}; expected {expected}")
-
-
-def _kind(value: Any) -> str:
-    kinds = {str: "text", list: "a list", dict: "an object", bool: "true/false", type(None): "null"}
-    return f"{kinds.get(type(value), 'a number')} ({str(value)[:40]!r})"
+            raise RediError(f"{where}: `{name}[{i}]` is {kind_of(item)}; expected {expected}")
 
 
 def _id(row: dict[str, Any], where: str) -> str:
@@ -288,46 +253,3 @@ def _id(row: dict[str, Any], where: str) -> str:
 
 def _source(row: dict[str, Any]) -> str | None:
     return None if row.get("source") is None else str(row["source"])
-
-
-def _read_jsonl(file: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    number = 0
-    try:
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{name} line {number}", _parse(line, f"{file} line {number}")
-    except (OSError, EOFError) as error:
-        raise RediError(f"{file} after line {number}: cannot be read: {error}") from None
-
-
-def _read_json(file: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, row in enumerate(json.loads(file.read_text(encoding="utf-8")), 1):
-        yield f"{name} row {number}", row
-
-
-def _parse(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line.rstrip())
-    except UnicodeDecodeError as error:
-        raise RediError(f"{where}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise RediError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(row, dict):
-        raise RediError(f"{where}: {_kind(row)}; expected an object with named columns")
-    return row
-
-
-def _read_parquet(file: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with pq.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{name} row {number}", row
-    except (OSError, pa.ArrowException) as error:
-        raise RediError(f"{file} after row {number}: cannot be read: {error}") from None

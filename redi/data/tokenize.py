@@ -4,6 +4,8 @@ The mask is a position: a trace is prompt ids, completion ids, stop id, and ever
 `num_prompt_tokens` on is trained, the stop token included. Pad ids play no part in it.
 """
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,9 +105,11 @@ class ChatFormat:
         Raises RediError if the template changes anything else: the text trained on would then not
         be what the model sees and writes when it generates.
         """
+        return self._render_after(self.render_prompt(prompt), prompt, completion)
+
+    def _render_after(self, before: str, prompt: Prompt, completion: str) -> str:
         if isinstance(prompt, str):
             return completion
-        before = self.render_prompt(prompt)
         turn = self._render([*prompt, _assistant(completion)])
         if not turn.startswith(before):
             raise RediError(
@@ -134,8 +138,9 @@ class ChatFormat:
 
     def encode_many(self, pairs: Sequence[tuple[Prompt, str]]) -> list[tuple[list[int], int]]:
         """`encode` of every (prompt, completion), in a few tokenizer calls."""
-        prompts = self._ids([self.render_prompt(prompt) for prompt, _ in pairs])
-        texts = [self.render_completion(*pair) for pair in pairs]
+        before = [self.render_prompt(prompt) for prompt, _ in pairs]
+        prompts = self._ids(before)
+        texts = [self._render_after(text, *pair) for text, pair in zip(before, pairs, strict=True)]
         completions = self._ids(texts)
         for i, text in enumerate(texts):
             if any(control in text for control in self._control_texts):
@@ -148,6 +153,12 @@ class ChatFormat:
             encoded.append(([*prompt_ids, *ids, stop], len(prompt_ids)))
         return encoded
 
+    def count_apart(self, messages: Prompt) -> int:
+        """Tokens of `messages` templated by themselves, and one: how the paper measures prompts and
+        completions (a default system turn is in both, the header of the assistant's in neither)."""
+        text = messages if isinstance(messages, str) else self._render(messages)
+        return len(self._ids([text])[0]) + 1
+
     def _render(self, messages: list[Message], **kwargs: Any) -> str:
         from jinja2 import TemplateError
 
@@ -159,6 +170,15 @@ class ChatFormat:
 
     def _ids(self, texts: list[str], **kwargs: Any) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False, **kwargs)["input_ids"]
+
+
+def digest_tokenizer(tokenizer: Any) -> str:
+    """sha256 over all that turns messages into ids: vocabulary, rules, special tokens, template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend else {"vocab": tokenizer.get_vocab()}
+    rules |= {"truncation": None, "padding": None}  # these change with use
+    parts = [rules, tokenizer.chat_template, tokenizer.special_tokens_map]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def tokenize_examples(

@@ -1,7 +1,7 @@
 """Grading texts against their answers, with math-verify in worker processes that can be killed.
 
 sympy can hang inside C code or eat memory, where no signal handler and no thread helps; a process
-that is late is killed and replaced, and its item becomes "timeout". A worker that dies loses only
+that computes for too long is killed and replaced, and its item becomes "timeout". A worker that dies loses only
 its own item, which is tried once more. Items that need no algebra are decided here, at once; if all
 are, no process starts.
 """
@@ -9,6 +9,7 @@ are, no process starts.
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -34,6 +35,7 @@ from redi.errors import RediError
 __all__ = ["Verdict", "Verifier", "extract_answer", "verify"]
 
 WORKER = Path(__file__).with_name("judge.py")
+_PATIENCE = 10  # a worker may wait this many times its computing time for a core
 _START_TIMEOUT = 120.0  # seconds for a worker to import sympy on a busy machine
 
 Progress = Callable[[int, int], None]  # (items done, items in all)
@@ -51,7 +53,7 @@ def verify(
     """The verdict on each text: does the answer it ends with equal `answers[i]`?
 
     "unparsable" (one side holds no answer that can be read) and "timeout" (more than `timeout`
-    seconds) are neither right nor wrong. `num_workers` defaults to the number of CPU cores.
+    seconds of computing) are neither right nor wrong. `num_workers` defaults to the number of CPU cores.
     Raises RediError if algebra is needed and math-verify is not installed.
     """
     with Verifier(num_workers=num_workers, timeout=timeout, grader=grader) as verifier:
@@ -68,7 +70,7 @@ class Verifier:
         timeout: float = 5.0,
         grader: Grader = "math_verify",
     ) -> None:
-        self.num_workers = num_workers or _num_cores()
+        self.num_workers = num_workers or num_cores()
         self.timeout = timeout
         self.grader = grader
         self._slots: SimpleQueue[_Worker | None] = SimpleQueue()  # None: a worker not yet started
@@ -151,9 +153,9 @@ class _Worker:
     """One process running judge.py, spoken to in lines."""
 
     def __init__(self, timeout: float, grader: Grader) -> None:
-        self.timeout = timeout
+        self.patience = _PATIENCE * timeout
         # -I: nothing of the environment or the current folder gets in front of the standard library
-        arguments = [json.dumps(sys.path), str(2 * timeout + 1), grader]
+        arguments = [json.dumps(sys.path), str(timeout), str(self.patience + 1), grader]
         self._process = subprocess.Popen(
             [sys.executable, "-I", str(WORKER), *arguments],
             stdin=subprocess.PIPE,
@@ -178,11 +180,12 @@ class _Worker:
         except OSError:
             self.kill()
             return None
-        line = self._read_line(self.timeout)
+        line = self._read_line(self.patience)
         if line in get_args(Verdict):
             return line  # type: ignore[return-value]
         self.kill()
-        return "timeout" if time.monotonic() - start >= self.timeout else None
+        is_late = time.monotonic() - start >= self.patience
+        return "timeout" if is_late or self._process.returncode == -signal.SIGPROF else None
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
@@ -206,7 +209,7 @@ class _Worker:
             timer.cancel()
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

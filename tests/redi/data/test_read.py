@@ -5,13 +5,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from redi.data.files import find_files, read_rows
 from redi.data.read import (
     Example,
     answer_of,
-    find_files,
     make_prompt,
     read_examples,
-    read_rows,
     to_item,
 )
 from redi.errors import RediError
@@ -220,7 +219,7 @@ def test_raw_rows_are_no_examples(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"n": 1}\n{"n": 2}\n{"n": 3\n', "a.jsonl line 3: not JSON: .* column 8"),
-        ("a.jsonl", b'{"n": 1}\n[1]\n', "a.jsonl line 2: a list"),
+        ("a.jsonl", b'{"n": 1}\n[1]\n', "a.jsonl line 2: not an object .*: a list"),
         ("a.jsonl", b'{"n": 1}\n{"n": "\xff\xfe"}\n', "a.jsonl line 2: not UTF-8 text"),
         ("a.jsonl.gz", b"no archive", "a.jsonl.gz after line 0: cannot be read"),
         (

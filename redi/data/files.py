@@ -1,0 +1,298 @@
+"""Files to rows, in blocks that can be read anywhere: .jsonl (also .gz, .zst), .parquet, .arrow.
+
+A path is a file, a folder, a glob, or a dataset on the Hugging Face Hub. Blocks are the unit of
+`redi data build`: a few megabytes of rows, cut in the same places whoever reads them.
+"""
+
+import glob
+import gzip
+import io
+import json
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from redi.errors import RediError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow")
+BLOCK_BYTES = 4 << 20  # of rows, before compression
+_MAX_LINE = 256 << 20  # bytes; longer is no row, and would not fit into memory as one
+_HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+?)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%-]+))?")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive rows of one file. `payload` is their lines, their Arrow batches in IPC format, or
+    the row groups of a parquet file to read them from."""
+
+    file: Path
+    name: str  # of the file, for people
+    first: int  # lines or rows of the file before this block
+    payload: bytes | range
+    bytes: int  # what this block takes of the file, as it lies on the disk
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A row that cannot be read, though the file can."""
+
+    reason: str  # "not JSON"
+    detail: str = ""  # "Expecting value at column 3"
+
+
+def find_files(path: str | Path) -> list[Path]:
+    """The data files that `path` (a file, folder, glob or Hub name) means, sorted.
+
+    A Hub name is `owner/name`, `owner/name:config`, `owner/name@split` (default: train) or both; it
+    is downloaded by `datasets`. Raises RediError.
+    """
+    root = Path(path)
+    if root.is_file():
+        if not root.name.endswith((*SUFFIXES, ".json")):
+            raise RediError(f"{root}: not a data file; expected one of {', '.join(SUFFIXES)}")
+        return [root]
+    if is_hub_name(path):
+        return _download(str(path))
+    if (root / "dataset_dict.json").is_file():
+        splits = json.loads((root / "dataset_dict.json").read_text()).get("splits", [])
+        if len(splits) > 1:
+            raise RediError(f"{root}: holds the splits {', '.join(splits)}; name the one to read")
+    found = root.rglob("*") if root.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    files = sorted(p for p in found if p.name.endswith(SUFFIXES) and p.is_file())
+    files = [p for p in files if not (p.suffix == ".arrow" and p.name.startswith("cache-"))]
+    if not files:
+        what = f"holds no {', '.join(SUFFIXES)} file" if root.is_dir() else "no such file"
+        raise RediError(f"{path}: {what}")
+    if {"positives.parquet", "pairs.parquet"} <= {p.name for p in files}:
+        raise RediError(f"{path}: both positives.parquet and pairs.parquet; name one of them")
+    return files
+
+
+def is_hub_name(path: str | Path) -> bool:
+    text = str(path)
+    is_name = _HUB.fullmatch(text) and not text.endswith((*SUFFIXES, ".json"))
+    return bool(is_name) and not Path(path).exists()
+
+
+def name_of(file: Path, path: str | Path) -> str:
+    """What a file of `path` is called: unique within it, and the same wherever the folder lies."""
+    root = Path(path)
+    if root.is_dir():
+        return file.relative_to(root).as_posix()
+    return file.name if file == root or is_hub_name(path) else str(file)
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (where, row) over all files of `path`; `where` is "name.jsonl line 12", from 1, and
+    unique within the call.
+
+    Raises RediError for a missing file, a line that is not a JSON object, a broken archive.
+    """
+    for file in find_files(path):
+        for block in blocks(file, name_of(file, path)):
+            for where, row in read_block(block):
+                if isinstance(row, Unreadable):
+                    where = where.replace(block.name, str(file), 1)
+                    detail = f": {row.detail}" if row.detail else ""
+                    raise RediError(f"{where}: {row.reason}{detail}")
+                yield where, row
+
+
+def blocks(file: Path, name: str) -> Iterator[Block]:
+    """The blocks of one file, in order. Raises RediError if the file is broken."""
+    import pyarrow as pa
+
+    kind = file.suffix
+    cut = {".parquet": _cut_parquet, ".arrow": _cut_arrow, ".json": _cut_json}.get(kind, _cut_lines)
+    first = 0
+    try:
+        for payload, rows, size in cut(file):
+            yield Block(file, name, first, payload, size)
+            first += rows
+    except (OSError, EOFError, pa.ArrowException) as error:
+        unit = "line" if kind in (".jsonl", ".gz", ".zst") else "row"
+        raise RediError(f"{file} after {unit} {first}: cannot be read: {error}") from None
+
+
+def read_block(block: Block) -> Iterator[tuple[str, dict[str, Any] | Unreadable]]:
+    """Yields (where, row) for every row of the block. Raises RediError if the file is broken."""
+    import pyarrow as pa
+
+    if isinstance(block.payload, bytes) and block.file.suffix not in (".arrow", ".json"):
+        for number, line in enumerate(io.BytesIO(block.payload), block.first + 1):
+            if line.strip():
+                yield f"{block.name} line {number}", _parse(line)
+        return
+    number = block.first
+    try:
+        for batch in _batches(block):
+            for row in batch:
+                number += 1
+                yield f"{block.name} row {number}", row
+    except (OSError, pa.ArrowException) as error:
+        raise RediError(f"{block.file} after row {number}: cannot be read: {error}") from None
+
+
+Cut = Iterator[tuple[bytes | range, int, int]]  # payload, rows in it, bytes of the file
+
+
+def _cut_lines(file: Path) -> Cut:
+    import pyarrow as pa
+
+    with ExitStack() as stack:
+        raw = stack.enter_context(file.open("rb"))
+        lines: Any = raw
+        if file.suffix == ".gz":
+            lines = stack.enter_context(gzip.GzipFile(fileobj=raw))
+        elif file.suffix == ".zst":
+            stream = pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd")
+            lines = stack.enter_context(io.BufferedReader(stream))
+        held: list[bytes] = []
+        size, start = 0, 0
+        try:
+            while line := lines.readline(_MAX_LINE):
+                if len(line) == _MAX_LINE:
+                    raise OSError(f"a line of more than {_MAX_LINE >> 20} MiB")
+                held.append(line)
+                size += len(line)
+                if size >= BLOCK_BYTES:
+                    yield b"".join(held), len(held), raw.tell() - start
+                    held, size, start = [], 0, raw.tell()
+        except (OSError, EOFError):
+            if held:  # the rows before it are good
+                yield b"".join(held), len(held), raw.tell() - start
+            raise
+        if held:
+            yield b"".join(held), len(held), raw.tell() - start
+
+
+def _cut_parquet(file: Path) -> Cut:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file) as table:
+        meta = table.metadata
+        groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
+    total = sum(group.total_byte_size for group in groups) or 1
+    start, size = 0, 0
+    for i, group in enumerate(groups, 1):
+        size += group.total_byte_size
+        if size >= BLOCK_BYTES or i == len(groups):
+            rows = sum(group.num_rows for group in groups[start:i])
+            yield range(start, i), rows, file.stat().st_size * size // total
+            start, size = i, 0
+
+
+def _cut_arrow(file: Path) -> Cut:
+    import pyarrow as pa
+
+    for batch, size in _arrow_batches(file):
+        step = max(1, batch.num_rows * BLOCK_BYTES // max(batch.nbytes, 1))
+        for start in range(0, batch.num_rows, step):
+            piece = batch.slice(start, step)
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, batch.schema) as writer:
+                writer.write_batch(piece)
+            share = size * piece.num_rows // batch.num_rows
+            yield sink.getvalue().to_pybytes(), piece.num_rows, share
+
+
+def _arrow_batches(file: Path) -> Iterator[tuple[Any, int]]:
+    """Batches of an Arrow file or stream (`datasets` writes streams) with their bytes on disk."""
+    import pyarrow as pa
+
+    with pa.OSFile(str(file)) as raw:
+        is_file = raw.read(6) == b"ARROW1"
+        raw.seek(0)
+        if is_file:
+            table = pa.ipc.open_file(raw)
+            size = file.stat().st_size // max(table.num_record_batches, 1)
+            for i in range(table.num_record_batches):
+                yield table.get_batch(i), size
+        else:
+            start = 0
+            for batch in pa.ipc.open_stream(raw):
+                yield batch, raw.tell() - start
+                start = raw.tell()
+
+
+def _cut_json(file: Path) -> Cut:
+    """One list of objects; for evaluation sets, which come so, and fit into memory."""
+    text = file.read_bytes()
+    yield text, 0, len(text)
+
+
+def _batches(block: Block) -> Iterator[list[dict[str, Any] | Unreadable]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if isinstance(block.payload, range):
+        with pq.ParquetFile(block.file, pre_buffer=False, buffer_size=1 << 20) as table:
+            groups = [table.metadata.row_group(i) for i in block.payload]
+            mean = sum(g.total_byte_size for g in groups) // max(sum(g.num_rows for g in groups), 1)
+            size = min(max(BLOCK_BYTES // max(mean, 1), 1), 256)
+            for batch in table.iter_batches(size, row_groups=list(block.payload)):
+                yield _rows_of(batch)
+    elif block.file.suffix == ".json":
+        rows = _parse(block.payload, kind=list)
+        yield rows if isinstance(rows, list) else [rows]
+    else:
+        for batch in pa.ipc.open_stream(block.payload):
+            yield _rows_of(batch)
+
+
+def _rows_of(batch: Any) -> list[dict[str, Any] | Unreadable]:
+    """The batch as Python rows; bytes in a text column that are not UTF-8 spoil only their row."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [Unreadable("not UTF-8 text", f"{error.reason} at byte {error.start}")]
+        return [row for i in range(batch.num_rows) for row in _rows_of(batch.slice(i, 1))]
+
+
+def _parse(line: bytes, kind: type = dict) -> Any:
+    try:
+        row = json.loads(line.rstrip())
+        if b"\\ud" in line.lower():  # perhaps half a character, which no file and no model takes
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        return Unreadable("not UTF-8 text", f"{error.reason} at byte {error.start}")
+    except UnicodeEncodeError:
+        return Unreadable("not UTF-8 text", "half of a surrogate pair")
+    except json.JSONDecodeError as error:
+        return Unreadable("not JSON", f"{error.msg} at column {error.colno}")
+    except RecursionError:
+        return Unreadable("not JSON", "nested too deeply")
+    if not isinstance(row, kind):
+        expected = "an object with named columns" if kind is dict else "a list of objects"
+        return Unreadable(f"not {expected}", kind_of(row))
+    return row
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in words for error messages."""
+    kinds = {str: "text", list: "a list", dict: "an object", bool: "true/false", type(None): "null"}
+    return f"{kinds.get(type(value), 'a number')} ({str(value)[:40]!r})"
+
+
+def _download(path: str) -> list[Path]:
+    """A Hub dataset's Arrow files, from `datasets`' cache or the network."""
+    match = _HUB.fullmatch(path)
+    assert match
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise RediError(
+            f"{path}: no such file or folder; to read it from the Hugging Face Hub: "
+            "pip install datasets"
+        ) from None
+    try:
+        data = load_dataset(match["name"], match["config"], split=match["split"] or "train")
+    except Exception as error:  # the hub's, the network's and the loader's are many
+        raise RediError(
+            f"{path}: no such file or folder, and not to be had from the Hub: {error}"
+        ) from None
+    return [Path(cached["filename"]) for cached in data.cache_files]
