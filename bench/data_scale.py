@@ -70,7 +70,28 @@ class Maker:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         syllables = (
-            "ba de ki lo mu na po ra se ti vo xu qua the ing and so then wait let we is".split()
+            "ba",
+            "de",
+            "ki",
+            "lo",
+            "mu",
+            "na",
+            "po",
+            "ra",
+            "se",
+            "ti",
+            "vo",
+            "xu",
+            "qua",
+            "the",
+            "ing",
+            "and",
+            "so",
+            "then",
+            "wait",
+            "let",
+            "we",
+            "is",
         )
         words = [
             "".join(self.random.choices(syllables, k=self.random.randint(1, 4)))

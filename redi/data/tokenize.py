@@ -6,6 +6,7 @@ The mask is a position: a trace is prompt ids, completion ids, stop id, and ever
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from redi.errors import RediError
 
 _CHUNK = 500  # examples per tokenizer call: enough for its threads, little enough for memory
 _PROBE = "probe 4711"
+_OPENED = re.compile(r"<think>\s*\Z")  # what templates of reasoning models end the prompt with
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,12 @@ class ChatFormat:
     the bos token where the tokenizer writes one, and ends with eos. Prompt and completion are
     tokenized apart, so that training starts a completion where generation does.
 
-    A control token (bos, eos, pad, and the special tokens of the template) written out in a
-    completion is tokenized as ordinary characters: it can neither end the turn nor shift the mask.
+    A control token (bos, eos, pad, and the special tokens of the template) written out in a message
+    or a completion is tokenized as ordinary characters: it can neither end nor open a turn, nor
+    shift the mask.
+
+    Where the template's generation prompt opens a think block, completions must open it in the same
+    words, which then belong to the prompt.
 
     `stop_token_id` ends a chat completion: the first special token that the template writes after
     the assistant's text, else eos. `eos_token_ids` is what generation should stop at.
@@ -81,7 +87,8 @@ class ChatFormat:
             )
         self.stop_token_id: int = eos if stop is None else stop
         self.eos_token_ids = [i for i in dict.fromkeys((self.stop_token_id, eos)) if i is not None]
-        self._control_texts = tuple(tokenizer.convert_ids_to_tokens(sorted(control)))
+        texts = map(re.escape, tokenizer.convert_ids_to_tokens(sorted(control)))
+        self._control = re.compile("|".join(sorted(texts, key=len, reverse=True)) or "(?!)")
         bos = tokenizer.bos_token_id
         self._leading_ids = [bos] if tokenizer("")["input_ids"][:1] == [bos] else []
 
@@ -100,7 +107,8 @@ class ChatFormat:
         return self._render(prompt, add_generation_prompt=True)
 
     def render_completion(self, prompt: Prompt, completion: str) -> str:
-        """The completion's text as the template writes it (it may trim white space around it).
+        """The completion's text as the template writes it (it may trim white space around it), or
+        as it is if the template takes its think block for an earlier turn's and changes it.
 
         Raises RediError if the template changes anything else: the text trained on would then not
         be what the model sees and writes when it generates.
@@ -110,6 +118,14 @@ class ChatFormat:
     def _render_after(self, before: str, prompt: Prompt, completion: str) -> str:
         if isinstance(prompt, str):
             return completion
+        opened = _OPENED.search(before)
+        if opened:
+            if completion.startswith(opened[0]):
+                return completion[len(opened[0]) :]
+            raise RediError(
+                f"the chat template opens the answer with {opened[0]!r}, but this one begins with "
+                f"{completion[:40]!r}; set a chat_template that does not, or write it into the data"
+            )
         turn = self._render([*prompt, _assistant(completion)])
         if not turn.startswith(before):
             raise RediError(
@@ -120,6 +136,8 @@ class ChatFormat:
             )
         text = turn[len(before) :].removesuffix(self.suffix)
         if text.strip() != completion.strip() or not turn.endswith(self.suffix):
+            if "</think>" in completion:
+                return completion
             raise RediError(
                 "the chat template rewrites the assistant's text (templates that remove or add "
                 f"<think> blocks do): after the prompt it writes {turn[len(before) :][:60]!r}... "
@@ -129,8 +147,7 @@ class ChatFormat:
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Ids that generation starts from; the same ids open the trace in training."""
-        ids = self._ids([self.render_prompt(prompt)])[0]
-        return self._leading_ids + ids if isinstance(prompt, str) else ids
+        return self._encode_prompts([prompt], [self.render_prompt(prompt)])[0]
 
     def encode(self, prompt: Prompt, completion: str) -> tuple[list[int], int]:
         """(ids of prompt + completion + stop token, number of prompt ids)."""
@@ -139,17 +156,17 @@ class ChatFormat:
     def encode_many(self, pairs: Sequence[tuple[Prompt, str]]) -> list[tuple[list[int], int]]:
         """`encode` of every (prompt, completion), in a few tokenizer calls."""
         before = [self.render_prompt(prompt) for prompt, _ in pairs]
-        prompts = self._ids(before)
+        prompts = self._encode_prompts([prompt for prompt, _ in pairs], before)
         texts = [self._render_after(text, *pair) for text, pair in zip(before, pairs, strict=True)]
         completions = self._ids(texts)
         for i, text in enumerate(texts):
-            if any(control in text for control in self._control_texts):
+            if self._control.search(text):
                 completions[i] = self._ids([text], split_special_tokens=True)[0]
         encoded = []
         for (prompt, _), prompt_ids, ids in zip(pairs, prompts, completions, strict=True):
             stop = self.stop_token_id
             if isinstance(prompt, str):
-                prompt_ids, stop = self._leading_ids + prompt_ids, self.eos_token_ids[-1]
+                stop = self.eos_token_ids[-1]
             encoded.append(([*prompt_ids, *ids, stop], len(prompt_ids)))
         return encoded
 
@@ -158,6 +175,36 @@ class ChatFormat:
         completions (a default system turn is in both, the header of the assistant's in neither)."""
         text = messages if isinstance(messages, str) else self._render(messages)
         return len(self._ids([text])[0]) + 1
+
+    def _encode_prompts(self, prompts: Sequence[Prompt], rendered: list[str]) -> list[list[int]]:
+        """Ids of prompts, given as they are `rendered` too."""
+        encoded = self._ids(rendered)
+        for i, prompt in enumerate(prompts):
+            if isinstance(prompt, str):
+                encoded[i] = self._leading_ids + encoded[i]
+            elif any(self._control.search(message["content"]) for message in prompt):
+                encoded[i] = self._encode_hostile(prompt)
+        return encoded
+
+    def _encode_hostile(self, prompt: list[Message]) -> list[int]:
+        """Ids of messages that write out control tokens: only the template's own count as such."""
+        mark = "\ue000"  # private use: stands for a control token while the template is filled
+        while any(mark in message["content"] for message in prompt):
+            mark += "\ue001"
+        written: list[str] = []
+
+        def hide(control: re.Match) -> str:
+            written.append(control[0])
+            return mark
+
+        hidden = [m | {"content": self._control.sub(hide, m["content"])} for m in prompt]
+        pieces = self._render(hidden, add_generation_prompt=True).split(mark)
+        if len(pieces) != len(written) + 1:
+            raise RediError("the chat template repeats or leaves out messages; set another one")
+        ids = self._ids([pieces[0]])[0]
+        for control, piece in zip(written, pieces[1:], strict=True):
+            ids += self._ids([control], split_special_tokens=True)[0] + self._ids([piece])[0]
+        return ids
 
     def _render(self, messages: list[Message], **kwargs: Any) -> str:
         from jinja2 import TemplateError

@@ -1,9 +1,9 @@
 """Grading texts against their answers, with math-verify in worker processes that can be killed.
 
 sympy can hang inside C code or eat memory, where no signal handler and no thread helps; a process
-that computes for too long is killed and replaced, and its item becomes "timeout". A worker that dies loses only
-its own item, which is tried once more. Items that need no algebra are decided here, at once; if all
-are, no process starts.
+that computes for too long is killed and replaced, and its item becomes "timeout". A worker that
+dies loses only its own item, which is tried once more. Items that need no algebra are decided here,
+at once; if all are, no process starts.
 """
 
 import contextlib
@@ -53,8 +53,8 @@ def verify(
     """The verdict on each text: does the answer it ends with equal `answers[i]`?
 
     "unparsable" (one side holds no answer that can be read) and "timeout" (more than `timeout`
-    seconds of computing) are neither right nor wrong. `num_workers` defaults to the number of CPU cores.
-    Raises RediError if algebra is needed and math-verify is not installed.
+    seconds of computing) are neither right nor wrong. `num_workers` defaults to the number of CPU
+    cores. Raises RediError if algebra is needed and math-verify is not installed.
     """
     with Verifier(num_workers=num_workers, timeout=timeout, grader=grader) as verifier:
         return verifier.verify(texts, answers, progress)

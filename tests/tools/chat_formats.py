@@ -12,6 +12,25 @@ LLAMA3 = (
     "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
+# The paper's (Qwen2.5-Math's): a default system turn; and as it edits the last line to evaluate.
+QWEN = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nPlease reason step by step."
+    "<|im_end|>\n{% endif %}" + CHATML
+)
+QWEN_THINKS = QWEN.replace("assistant\n{% endif %}", "assistant<think>\n{% endif %}")
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}"
+    "<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+R1 = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}"
+    "{% elif m['role'] == 'user' %}<|User|>{{ m['content'] }}"
+    "{% else %}<|Assistant|>{{ m['content'].split('</think>')[-1] }}<|end_of_sentence|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
+)
 # As the templates of reasoning models do: earlier thoughts are not shown to the model again.
 STRIPS_REASONING = CHATML.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] }}")
 # The generation prompt opens a think block that the rendered turn does not have.
@@ -47,6 +66,21 @@ def byte_tokenizer(
 def chatml() -> PreTrainedTokenizerFast:
     """As Qwen's base models: the chat's stop token is not eos, and pad is eos."""
     return byte_tokenizer(CHATML, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+def qwen(template: str = QWEN) -> PreTrainedTokenizerFast:
+    return byte_tokenizer(template, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+def gemma() -> PreTrainedTokenizerFast:
+    special = ("<start_of_turn>", "<end_of_turn>")
+    return byte_tokenizer(GEMMA, special, adds_bos=True, bos_token="<bos>", eos_token="<eos>")
+
+
+def r1() -> PreTrainedTokenizerFast:
+    special = ("<|User|>", "<|Assistant|>")
+    names = {"bos_token": "<|begin_of_sentence|>", "eos_token": "<|end_of_sentence|>"}
+    return byte_tokenizer(R1, special, adds_bos=True, **names)
 
 
 def llama3() -> PreTrainedTokenizerFast:

@@ -1,45 +1,20 @@
 import json
-import os
+import random
 import subprocess
-import sys
 
 import pyarrow.parquet as pq
 import pytest
-from chat_formats import OPENS_THINKING, byte_tokenizer, chatml
+from builds import OUTPUTS, raw, run, texts, write
+from chat_formats import OPENS_THINKING, byte_tokenizer, chatml, qwen
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from redi.config import DataConfig
+from redi.data import files
 from redi.data.build import build
 from redi.data.read import Example, read_examples
 from redi.data.tokenize import ChatFormat
 from redi.errors import RediError
-
-OUTPUTS = ["pairs.parquet", "positives.parquet", "report.json", "report.txt"]
-
-
-def raw(generations, answer="2", **columns):
-    return {"problem": "1+1?", "answer": answer, "generations": generations, **columns}
-
-
-def write(folder, rows, name="raw.jsonl"):
-    file = folder / name
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-def run(folder, rows, tokenizer=None, duplicates="keep", anew=True, **config):
-    """The problems are all the same one; a build that is there goes first."""
-    if anew:
-        (folder / "out" / "report.json").unlink(missing_ok=True)
-    config |= {"duplicates": duplicates}
-    config = DataConfig(path=str(write(folder, rows)), num_workers=1, **config)
-    return build(config, folder / "out", tokenizer=tokenizer)
-
-
-def texts(folder, name):
-    examples = read_examples(folder / "out" / f"{name}.parquet")
-    return [(example.chosen, example.rejected) for example in examples]
 
 
 def test_first_correct_and_first_incorrect_of_each_problem(tmp_path):
@@ -227,19 +202,6 @@ def test_every_trace_is_kept_or_dropped_with_a_reason(tmp_path, rows, judges):
     assert report.counts["pairs"] == len(pairs) and report.counts["positives"] == len(positives)
 
 
-def test_same_input_same_bytes_whatever_the_workers(tmp_path):
-    rows = [
-        raw([f"####{j % 3}" for j in range(i % 5 + 1)] + [r"\boxed{\frac42}"]) for i in range(40)
-    ]
-    write(tmp_path, rows)
-    outputs = []
-    for workers in (1, 3):
-        config = DataConfig(path=str(tmp_path / "raw.jsonl"), num_workers=workers)
-        build(config, tmp_path / "out")
-        outputs.append([(tmp_path / "out" / name).read_bytes() for name in OUTPUTS])
-    assert outputs[0] == outputs[1]
-
-
 def test_more_rows_than_one_stretch_keep_their_order(tmp_path):
     rows = [raw(["####2", "####3"], id=str(i)) for i in range(2500)]
     seen = []
@@ -319,7 +281,7 @@ def test_too_long_traces_give_way_to_the_next_that_fits(tmp_path):
 
 def test_template_that_cannot_carry_a_row_is_an_error_that_names_it(tmp_path):
     tokenizer = byte_tokenizer(OPENS_THINKING, eos_token="</s>")
-    with pytest.raises(RediError, match=r"raw.jsonl line 1: the prompt is not a prefix"):
+    with pytest.raises(RediError, match=r"raw.jsonl line 1: the chat template opens"):
         run(tmp_path, [raw(["####2", "####3"])], tokenizer)
 
 
@@ -340,48 +302,168 @@ def test_no_pairs_left_says_why_and_leaves_nothing(tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_full_disk_leaves_what_is_done(tmp_path):
-    """A process that may write no file beyond 20 KB, as if the disk were full."""
-    noise = [f"{hash((i, 'x'))} {hash((i, 'y'))} " * 40 for i in range(100)]
-    write(tmp_path, [raw([text + "####2", text + "####3"]) for text in noise], "big.jsonl")
-    program = (
-        "import resource, sys\n"
-        "from redi.config import DataConfig\n"
-        "from redi.data.build import build\n"
-        "from redi.errors import RediError\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "try:\n"
-        "    build(DataConfig(path=sys.argv[1], duplicates='keep'), sys.argv[2])\n"
-        "except RediError as error:\n"
-        "    sys.exit(f'user error: {error}')\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "big.jsonl"), str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-    )
-    assert result.stderr.startswith(f"user error: {tmp_path / 'out'}: cannot be written")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".building"]
-    config = DataConfig(path=str(tmp_path / "big.jsonl"), duplicates="keep")
-    assert build(config, tmp_path / "out").counts["pairs"] == 100
+def test_duplicates_keep_the_first(tmp_path):
+    rows = [
+        raw(["####3"], id="nothing right"),
+        raw(["####2", "####3"], id="first", source="s"),
+        raw(["####2", "####4"], id="again"),
+        raw(["####2", "####5"], id="spaced") | {"problem": " 1+1?\n"},
+        raw(["####2", "####6"], id="other") | {"problem": "1+1"},
+        {"prompt": [{"role": "user", "content": "1+1?"}], "completion": [ASSISTANT], "id": "ready"},
+    ]
+    report = run(tmp_path, [*rows, rows[-1]], duplicates="drop")
+    examples = read_examples(tmp_path / "out" / "positives.parquet")
+    assert [example.id for example in examples] == ["first", "other", "ready"]
+    assert report.dropped_rows == {
+        "duplicate of a row before it": {"count": 3, "first": "raw.jsonl line 3"}
+    }
+    assert report.dropped_traces["row dropped: duplicate of a row before it"]["count"] == 5
+    kept, dropped = report.counts["traces kept"], report.dropped_traces.values()
+    assert report.counts["traces read"] == kept + sum(entry["count"] for entry in dropped)
 
 
-def test_files_of_two_builds_are_never_taken_for_one(tmp_path, monkeypatch):
-    """Interrupted between two renames, the folder has no report.json."""
-    run(tmp_path, [raw(["####2", "####3"])])
-    replace = os.replace
+ASSISTANT = {"role": "assistant", "content": "2"}
 
-    def replace_once(source, target):
-        if target.name == "pairs.parquet":
-            raise OSError(28, "No space left on device")
-        replace(source, target)
 
-    monkeypatch.setattr(os, "replace", replace_once)
-    with pytest.raises(RediError, match="No space left on device"):
-        run(tmp_path, [raw(["####2", "####3"])] * 2)
-    assert not (tmp_path / "out" / "report.json").exists()
-    monkeypatch.undo()
-    (tmp_path / "out" / ".building" / "pairs.parquet").write_text("half")
-    run(tmp_path, [raw(["####2", "####3"])] * 2)
-    assert len(texts(tmp_path, "pairs")) == 2
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == OUTPUTS
+def test_unpaired_traces_may_stay(tmp_path):
+    rows = [
+        raw(["####2", "####3"]),
+        raw(["####2"]),
+        raw(["####3", "####4"]),
+        raw(["I give up"]),
+    ]
+    run(tmp_path, rows, unpaired="keep")
+    assert texts(tmp_path, "positives") == [("####2", None)] * 2
+    assert texts(tmp_path, "pairs") == [("####2", "####3"), ("####2", None), (None, "####3")]
+
+
+def test_traces_that_were_cut_off_are_neither_right_nor_wrong(tmp_path):
+    rows = [
+        raw(["<think> so ####2", "<think>a</think>####2", "<think> ####3", "####3"]),
+        {"prompt": "p", "completion": "<think> hm"},
+    ]
+    report = run(tmp_path, rows[:1])
+    assert texts(tmp_path, "pairs") == [("<think>a</think>####2", "####3")]
+    assert report.dropped_traces["unfinished: <think> without </think>"]["count"] == 2
+    run(tmp_path, rows[:1], unfinished="keep")
+    assert texts(tmp_path, "pairs") == [("<think> so ####2", "<think> ####3")]
+    with pytest.raises(RediError, match="no pairs left of 1 rows: 1 unfinished"):
+        run(tmp_path, rows[1:])
+
+
+def test_sources_and_completion_length(tmp_path):
+    rows = [
+        raw(["####2", "####3"], source="cn_k12"),
+        raw(["a ####2", "####2", "####3"], source="amc"),
+        {"prompt": "1+1", "completion": "2", "source": "cn_k12"},
+    ]
+    limits = {"exclude_sources": ["cn_k12"], "max_completion_length": 6}
+    report = run(tmp_path, rows, chatml(), **limits)
+    assert texts(tmp_path, "pairs") == [("####2", "####3")]
+    assert report.dropped_rows["source cn_k12 excluded"]["count"] == 2
+    assert report.dropped_traces["longer than max_completion_length 6"]["count"] == 1
+    assert report.sources["amc"] == {
+        "rows read": 1,
+        "traces read": 3,
+        "traces correct": 2,
+        "traces incorrect": 1,
+        "positives": 1,
+        "pairs": 1,
+    }
+
+
+def paper(rows, tokenizer, max_prompt, max_response, seed):
+    """The paper's scripts in a few lines of their own: (positives, pairs) as texts, in order."""
+    import datasets
+
+    order = datasets.Dataset.from_list([{"i": i} for i in range(len(rows))]).shuffle(seed=seed)["i"]
+    positives, pairs = [], []
+
+    def count(role, text):
+        message = [{"role": role, "content": text}]
+        templated = tokenizer.apply_chat_template(message, tokenize=False)
+        return len(tokenizer(templated, add_special_tokens=False)["input_ids"]) + 1
+
+    for row in (rows[i] for i in order):
+        if (row["problem_is_valid"] or "").strip().lower() != "yes" or row["source"] == "cn_k12":
+            continue
+        texts, judges = row["generations"], row["correctness"] or {}
+        llama, maths = judges.get("llama_verification"), judges.get("math_verify_reparsed_answer")
+        if not row["problem"] or not texts or llama is None or maths is None:
+            continue
+        if len(llama) != len(texts) or len(maths) != len(texts):
+            continue
+        right = [bool(a) and bool(b) for a, b in zip(llama, maths, strict=True)]
+        if True not in right:
+            continue
+        chosen = texts[right.index(True)]
+        positives.append((row["id"], chosen))
+        if False in right:
+            rejected = texts[right.index(False)]
+            lengths = [count("assistant", chosen), count("assistant", rejected)]
+            if count("user", row["problem"]) <= max_prompt and max(lengths) <= max_response:
+                pairs.append((row["id"], chosen, rejected))
+    return positives, pairs
+
+
+def test_preset_paper_is_the_papers_scripts(tmp_path, monkeypatch):
+    """On 800 random rows, with a template that has a default system turn, as Qwen's."""
+    monkeypatch.setattr(files, "BLOCK_BYTES", 9000)
+    tokenizer = qwen()
+    draw = random.Random(1)
+    rows = []
+    for i in range(800):
+        num = draw.randint(0, 4)
+        votes = [
+            [draw.choice([True, True, False, None]) for _ in range(num + (draw.random() < 0.05))]
+            for _ in range(2)
+        ]
+        names = ("llama_verification", "math_verify_reparsed_answer")
+        judges = dict(zip(names, votes, strict=True))
+        if draw.random() < 0.1:
+            judges[draw.choice(names)] = None
+        rows.append(
+            {
+                "id": str(i),
+                "problem": draw.choice([None, "", *["1+1? " * draw.randint(1, 12)] * 8]),
+                "answer": "2",
+                "generations": draw.choice(
+                    [None, *[[f"{i}.{j}" + " a" * draw.randint(0, 30) for j in range(num)]] * 9]
+                ),
+                "correctness": draw.choice([None, *[judges] * 9]),
+                "problem_is_valid": draw.choice(["Yes", " yes", "YES ", "Yes", "yes", "Yes", "No", None]),
+                "source": draw.choice(["cn_k12", *["amc", "aops", None] * 3]),
+            }
+        )
+    positives, pairs = paper(rows, tokenizer, 95, 75, seed=42)
+    config = {"preset": "paper", "max_prompt_length": 95, "max_completion_length": 75}
+    run(tmp_path, rows, tokenizer, **config)
+    built = read_examples(tmp_path / "out" / "positives.parquet")
+    assert [(e.id, e.chosen) for e in built] == positives and len(positives) > 80
+    built = read_examples(tmp_path / "out" / "pairs.parquet")
+    assert [(e.id, e.chosen, e.rejected) for e in built] == pairs
+    assert 20 < len(pairs) < 0.8 * len(paper(rows, tokenizer, 9**9, 9**9, seed=42)[1])
+
+
+def test_preset_paper_sets_what_is_not_given():
+    config = DataConfig(path="x", preset="paper", max_prompt_length=900)
+    assert (config.shuffle_seed, config.max_prompt_length) == (42, 900)
+    assert (config.max_completion_length, config.missing_verdict) == (19000, "wrong")
+    assert config.exclude_sources == ["cn_k12"]
+    assert DataConfig(path="x").shuffle_seed is None
+
+
+def test_rows_that_cannot_be_read_are_dropped(tmp_path):
+    file = write(tmp_path, [raw(["####2", "####3"])])
+    good = file.read_bytes()
+    file.write_bytes(b'{"problem": "\xff"}\n{"problem\n' + good + json.dumps(raw([1])).encode())
+    report = build(DataConfig(path=str(file)), tmp_path / "out")
+    first = {"count": 1, "first": "raw.jsonl line 1"}
+    assert report.counts["rows read"] == 4 and report.counts["pairs"] == 1
+    assert report.dropped_rows == {
+        "not UTF-8 text": first,
+        "not JSON": first | {"first": "raw.jsonl line 2"},
+        "a field of the wrong kind": first | {"first": "raw.jsonl line 4"},
+    }
+    [example] = report.examples["rows"]["a field of the wrong kind"]
+    assert "`generations[0]` is a number ('1'); expected text" in example["excerpt"]

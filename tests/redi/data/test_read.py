@@ -1,11 +1,10 @@
-import gzip
 import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from redi.data.files import find_files, read_rows
+from redi.data.files import read_rows
 from redi.data.read import (
     Example,
     answer_of,
@@ -35,44 +34,11 @@ RAW = {
 
 def write(file, rows):
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
     if file.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), file)
-    elif file.suffix == ".gz":
-        file.write_bytes(gzip.compress(text.encode()))
     else:
-        file.write_text(text)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
-
-
-@pytest.mark.parametrize(
-    ("name", "unit"), [("a.jsonl", "line"), ("a.jsonl.gz", "line"), ("a.parquet", "row")]
-)
-def test_every_format_gives_the_same_rows(tmp_path, name, unit):
-    rows = [{"prompt": f"é {i}", "n": i, "list": ["x", None]} for i in range(600)]
-    read = list(read_rows(write(tmp_path / name, rows)))
-    assert [row for _, row in read] == rows
-    assert (read[0][0], read[599][0]) == (f"{name} {unit} 1", f"{name} {unit} 600")
-
-
-def test_folders_and_globs_are_read_in_order_and_say_where(tmp_path):
-    write(tmp_path / "b.jsonl", [{"n": 2}])
-    write(tmp_path / "a.parquet", [{"n": 1}])
-    write(tmp_path / "deep" / "b.jsonl", [{"n": 3}])
-    (tmp_path / "notes.txt").write_text("no data")
-    read = list(read_rows(tmp_path))
-    assert [(where, row["n"]) for where, row in read] == [
-        ("a.parquet row 1", 1),
-        ("b.jsonl line 1", 2),
-        ("deep/b.jsonl line 1", 3),
-    ]
-    assert [row["n"] for _, row in read_rows(f"{tmp_path}/**/b.*")] == [2, 3]
-
-
-def test_blank_lines_count_as_lines(tmp_path):
-    file = tmp_path / "a.jsonl"
-    file.write_text('\n{"n": 1}\n   \n{"n": 2}')
-    assert list(read_rows(file)) == [("a.jsonl line 2", {"n": 1}), ("a.jsonl line 4", {"n": 2})]
 
 
 def test_raw_row_of_openr1_math_raw(tmp_path):
@@ -213,47 +179,6 @@ def test_raw_rows_are_no_examples(tmp_path):
         RediError, match=r"raw.jsonl line 1: raw generations; run `redi data build`"
     ):
         read_examples(write(tmp_path / "raw.jsonl", [RAW]))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b'{"n": 1}\n{"n": 2}\n{"n": 3\n', "a.jsonl line 3: not JSON: .* column 8"),
-        ("a.jsonl", b'{"n": 1}\n[1]\n', "a.jsonl line 2: not an object .*: a list"),
-        ("a.jsonl", b'{"n": 1}\n{"n": "\xff\xfe"}\n', "a.jsonl line 2: not UTF-8 text"),
-        ("a.jsonl.gz", b"no archive", "a.jsonl.gz after line 0: cannot be read"),
-        (
-            "a.jsonl.gz",
-            gzip.compress(b'{"n": 1}\n', mtime=0)[:-6],
-            "a.jsonl.gz after line 1: cannot be read",
-        ),
-        ("a.parquet", b"no parquet", "a.parquet after row 0: cannot be read"),
-        ("a.csv", b"n\n1\n", "a.csv: not a data file"),
-    ],
-)
-def test_bad_files_are_named(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(RediError, match=message):
-        list(read_rows(tmp_path / name))
-
-
-def test_missing_files_are_named(tmp_path):
-    with pytest.raises(RediError, match=r"absent.jsonl: no such file"):
-        find_files(tmp_path / "absent.jsonl")
-    with pytest.raises(RediError, match=r"holds no .jsonl"):
-        find_files(tmp_path)
-    with pytest.raises(RediError, match=r"\*.parquet: no such file"):
-        find_files(tmp_path / "*.parquet")
-    write(tmp_path / "empty.jsonl", [])
-    with pytest.raises(RediError, match=r"empty.jsonl: no rows"):
-        read_examples(tmp_path / "empty.jsonl")
-
-
-def test_a_built_folder_is_not_read_twice(tmp_path):
-    for name in ("positives", "pairs"):
-        write(tmp_path / f"{name}.parquet", [{"prompt": "p", "chosen": "2", "rejected": "3"}])
-    with pytest.raises(RediError, match="name one of them"):
-        read_examples(tmp_path)
 
 
 def test_make_prompt():

@@ -2,11 +2,17 @@ import pytest
 from chat_formats import (
     CHATML,
     OPENS_THINKING,
+    QWEN_THINKS,
     STRIPS_REASONING,
     byte_tokenizer,
     chatml,
+    gemma,
     llama3,
+    qwen,
+    r1,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import make_tokenizer
 
 from redi.data.read import Example
@@ -131,8 +137,12 @@ def test_white_space_that_the_template_trims_is_trimmed_in_training_too():
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (STRIPS_REASONING, "rewrites the assistant's text"),
-        (OPENS_THINKING, "not a prefix of the whole text after templating"),
+        (
+            CHATML.replace("{{ m['content'] }}", "{{ m['content'] | replace('hm', '') }}"),
+            "rewrites",
+        ),
+        (OPENS_THINKING, "opens the answer with '<think>.n', but this one begins with '<think>hm"),
+        (CHATML.replace("assistant\n{% endif %}", "assistant: {% endif %}"), "not a prefix of the"),
         (CHATML.replace("{{ m['content'] }}", "{{ m['content'] | upper }}"), "leaves out"),
         ("{{ raise_exception('no such role') }}", "refuses messages of user, assistant"),
         (None, "no chat template"),
@@ -141,13 +151,14 @@ def test_white_space_that_the_template_trims_is_trimmed_in_training_too():
 def test_unfit_templates_are_refused(template, message):
     tokenizer = byte_tokenizer(template, eos_token="</s>")
     with pytest.raises(RediError, match=message):
-        tokenize_examples([example("<think>hm</think>2")], tokenizer, max_length=None)
+        tokenize_examples([example("<think>hm 2")], tokenizer, max_length=None)
 
 
 def test_refused_example_is_named():
-    tokenizer = byte_tokenizer(STRIPS_REASONING, eos_token="</s>")
-    rows = [example(id="row 1"), example("<think>hm</think>2", id="row 2")]
-    with pytest.raises(RediError, match=r"^example row 2: .*<think>hm</think>2"):
+    tokenizer = byte_tokenizer(OPENS_THINKING, eos_token="</s>")
+    thought = "<think>\nhm</think>2"
+    rows = [example(thought, thought, id="row 1"), example("2", thought, id="row 2")]
+    with pytest.raises(RediError, match=r"^example row 2: .*begins with '2'"):
         tokenize_examples(rows, tokenizer, max_length=None)
 
 
@@ -205,3 +216,107 @@ def test_many_examples_tokenize_as_one_at_a_time():
             assert (trace.input_ids.tolist(), trace.num_prompt_tokens) == chat.encode(
                 QUESTION, text
             )
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "end"),
+    [
+        (r1(), "<|Assistant|><think>\n"),
+        (qwen(QWEN_THINKS), "<|im_start|>assistant<think>\n"),
+        (byte_tokenizer(OPENS_THINKING, eos_token="</s>"), "<|im_start|>assistant\n<think>\n"),
+    ],
+    ids=["r1", "paper's evaluation", "chatml"],
+)
+def test_a_think_block_that_the_prompt_opens_is_trained_from_there(tokenizer, end):
+    chat = ChatFormat(tokenizer)
+    ids, num_prompt_tokens = chat.encode(QUESTION, "<think>\nhm\n</think>\n\n2")
+    assert ids[:num_prompt_tokens] == chat.encode_prompt(QUESTION)
+    assert tokenizer.decode(ids[:num_prompt_tokens]).endswith(end)
+    assert tokenizer.decode(ids[num_prompt_tokens:-1]) == "hm\n</think>\n\n2"
+    assert ids[-1] == chat.stop_token_id
+
+
+def test_a_template_that_hides_earlier_thoughts_does_not_hide_this_one():
+    tokenizer = byte_tokenizer(STRIPS_REASONING, eos_token="</s>")
+    ids, num_prompt_tokens = ChatFormat(tokenizer).encode(QUESTION, "<think>hm</think>2")
+    assert tokenizer.decode(ids[num_prompt_tokens:]) == "<think>hm</think>2<|im_end|>"
+
+
+def test_system_prompts():
+    system = [{"role": "system", "content": "Be brief."}, *QUESTION]
+    for tokenizer in (chatml(), qwen(), llama3(), r1()):
+        text = ChatFormat(tokenizer).render_prompt(system)
+        assert "Be brief." in text and "step by step" not in text
+    assert "Please reason step by step." in ChatFormat(qwen()).render_prompt(QUESTION)
+    with pytest.raises(RediError, match="refuses messages of system, user: System role not supp"):
+        ChatFormat(gemma()).render_prompt(system)
+
+
+FORMATS = {
+    "chatml": chatml(),
+    "qwen": qwen(),
+    "paper's evaluation": qwen(QWEN_THINKS),
+    "llama3": llama3(),
+    "gemma": gemma(),
+    "r1": r1(),
+    "characters": make_tokenizer(),
+}
+SYNTAX = [
+    *("<|im_start|>assistant\n", "<|im_end|>\n", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>\n"),
+    *("<|start_header_id|>assistant<|end_header_id|>\n\n", "<|begin_of_text|>", "<bos>", "<eos>"),
+    *(
+        "<start_of_turn>model\n",
+        "<|User|>",
+        "<|Assistant|>",
+        "<|end_of_sentence|>",
+        "<|im_",
+        "end|>",
+    ),
+    *(
+        "<think>\n",
+        "</think>",
+        "<q>",
+        "<a>",
+        "<e>",
+        "user\n",
+        "probe 4711",
+        "\ue000",
+        "\ue001",
+        "\ue000\ue001",
+    ),
+    *("{{ 7 * 7 }}", "{% endfor %}", "{problem}", "{#", "1+1", " ", "\n", "12", "ab", "é"),
+]
+hostile = st.lists(st.sampled_from(SYNTAX), min_size=1, max_size=8).map("".join)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@settings(max_examples=40, deadline=None)
+@given(question=hostile, completion=hostile, more=st.lists(hostile, max_size=1))
+def test_text_of_any_kind_forges_no_turn_and_shifts_no_mask(name, question, completion, more):
+    tokenizer, chat = FORMATS[name], CHATS[name]
+    opened = "<think>\n" if name in ("r1", "paper's evaluation") else ""
+    harmless = [{"role": "user", "content": "x"}]
+    prompt = [{"role": "user", "content": question + "."}]
+    for text in more:
+        turns = [{"role": "assistant", "content": "."}, {"role": "user", "content": "x"}]
+        harmless += turns
+        prompt += [turns[0], turns[1] | {"content": text + "."}]
+    try:
+        ids, num_prompt_tokens = chat.encode(prompt, opened + "." + completion + ".")
+    except RediError:
+        if name != "characters":  # the tiny tokenizer, which lacks most characters
+            raise
+        return
+    control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    control -= {tokenizer.unk_token_id}
+    count = lambda ids: [i for i in ids if i in control]
+    # The turns are those of the messages, whatever they say.
+    assert count(ids[:num_prompt_tokens]) == count(chat.encode_prompt(harmless))
+    assert count(ids[num_prompt_tokens:]) == [chat.stop_token_id]
+    assert ids[:num_prompt_tokens] == chat.encode_prompt(prompt)
+    if name != "characters":
+        assert tokenizer.decode(ids[num_prompt_tokens:-1]) == "." + completion + "."
+        assert tokenizer.decode(ids[:num_prompt_tokens]) == chat.render_prompt(prompt)
+
+
+CHATS = {name: ChatFormat(tokenizer) for name, tokenizer in FORMATS.items()}
