@@ -23,8 +23,8 @@ def run(folder, rows, tokenizer=None, duplicates="keep", anew=True, **config):
     """The problems are all the same one; a build that is there goes first."""
     if anew:
         (folder / "out" / "report.json").unlink(missing_ok=True)
-    config |= {"duplicates": duplicates}
-    config = DataConfig(path=str(write(folder, rows)), num_workers=1, **config)
+    config = {"num_workers": 1, "duplicates": duplicates} | config
+    config = DataConfig(path=str(write(folder, rows)), **config)
     return build(config, folder / "out", tokenizer=tokenizer)
 
 

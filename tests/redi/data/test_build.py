@@ -431,7 +431,9 @@ def test_preset_paper_is_the_papers_scripts(tmp_path, monkeypatch):
                     [None, *[[f"{i}.{j}" + " a" * draw.randint(0, 30) for j in range(num)]] * 9]
                 ),
                 "correctness": draw.choice([None, *[judges] * 9]),
-                "problem_is_valid": draw.choice(["Yes", " yes", "YES ", "Yes", "yes", "Yes", "No", None]),
+                "problem_is_valid": draw.choice(
+                    ["Yes", " yes", "YES ", "Yes", "yes", "Yes", "No", None]
+                ),
                 "source": draw.choice(["cn_k12", *["amc", "aops", None] * 3]),
             }
         )

@@ -115,11 +115,11 @@ def test_verify_with_math_verify():
 def test_no_process_when_no_algebra_is_needed(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", None)
     texts = [f"3+4=7;####{i % 30}" for i in range(20_000)]
-    start = time.perf_counter()
+    start = time.process_time()
     verdicts = verify(texts, ["14"] * len(texts))
     assert verdicts.count("correct") == sum(i % 30 == 14 for i in range(20_000))
     assert set(verdicts) == {"correct", "wrong"}
-    assert time.perf_counter() - start < 2  # 0.1 s on a quiet machine
+    assert time.process_time() - start < 2  # 0.1 s on a quiet machine
 
 
 def test_expression_that_hangs_sympy_times_out():
