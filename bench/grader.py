@@ -28,7 +28,7 @@ def main() -> None:
     )
     parser.add_argument("--solutions", type=Path)
     parser.add_argument("--benchmarks", type=Path)
-    parser.add_argument("--timeout", type=float, default=10.0)
+    parser.add_argument("--timeout", type=float, default=60.0)
     args = parser.parse_args()
     for grader in ("math_verify", "rllm"):
         with Verifier(timeout=args.timeout, grader=grader) as verifier:
