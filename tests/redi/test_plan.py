@@ -34,6 +34,8 @@ def test_state_is_sixteen_bytes_a_parameter_over_all_gpus(paper):
     assert one.state == 16 * 1_543_714_304
     assert eight.state == one.state / 8
     assert eight.activations == one.activations
+    head, outer, block = 151936 * 1536, 151936 * 1536 + 1536, 46_797_824
+    assert one.gathered == 2 * (outer + head) + 2 * (2 * 2 + 4) * block
     assert one.needed > one.peak > one.state + one.activations
 
 

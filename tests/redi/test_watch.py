@@ -245,3 +245,15 @@ def test_screen_shows_the_run():
     for words in ("redi", "2/10", "0.1234", "-0.400", "5,000", "41%", "61.5", "backward 75%"):
         assert words in text
     assert "0.777" in text.rsplit("2/10")[-1]  # held-out figures stay until the next ones
+
+
+def test_without_a_terminal_a_line_now_and_then():
+    """The first, the last, and what is left is judged by the steps since the resume."""
+    screen, state = Screen(io.StringIO(), every=1000), TrainState(step=4, total_steps=7)
+    screen.on_train_begin(state)
+    screen.started -= 10
+    for state.step in (5, 6, 7):
+        screen.on_log(state, {"loss": 0.5})
+    lines = screen.stream.getvalue().splitlines()
+    assert [line.split()[2] for line in lines] == ["5/7", "7/7"]
+    assert lines[0].endswith("loss 0.5000  ETA 0:20")
