@@ -18,7 +18,15 @@ from typing import Annotated, Any, Literal
 import typer
 import yaml
 
-from redi.config import DataConfig, EvalConfig, RunConfig, TrainConfig, load_config, make_config
+from redi.config import (
+    DataConfig,
+    EvalConfig,
+    RunConfig,
+    StudyConfig,
+    TrainConfig,
+    load_config,
+    make_config,
+)
 from redi.errors import RediError
 
 app = typer.Typer(
@@ -42,6 +50,14 @@ def run(context: typer.Context, recipe: Path) -> None:
     from redi.run import run as run_job
 
     run_job(load_config(RunConfig, recipe, _overrides(context.args)))
+
+
+@app.command(context_settings=FIELDS)
+def study(context: typer.Context, recipe: Path) -> None:
+    """Tasks x arms x learning rates x seeds, to one JSON; what is in it is not done again."""
+    from redi.study import study as run_study
+
+    run_study(load_config(StudyConfig, recipe, _overrides(context.args)))
 
 
 @app.command(context_settings=FIELDS)

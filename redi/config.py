@@ -425,6 +425,54 @@ class RunConfig(Strict):
         return self
 
 
+class StudyArm(Strict):
+    """What a study compares: one objective on one kind of rows, at each of some learning rates."""
+
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="TrainConfig fields besides the learning rate"
+    )
+    own: list[Literal["chosen", "rejected"]] = Field(
+        default_factory=list,
+        description="sides of the pairs to replace by the SFT model's own right, wrong samples",
+    )
+    learning_rates: list[float] = Field(
+        min_length=2, description="to sweep; each 1 or 3 times a power of ten"
+    )
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _half_decades(cls, rates: list[float]) -> list[float]:
+        for rate in rates:
+            if f"{rate:e}"[:5] not in ("1.000", "3.000"):
+                raise ValueError(f"{rate:g} is neither 1 nor 3 times a power of ten")
+        return rates
+
+
+class StudyConfig(Strict):
+    """`redi study`: tasks x arms x learning rates x seeds, to one JSON."""
+
+    output_dir: str = Field(description="models and logs; may be lost, the results are enough")
+    results: str = Field(description="JSON of all cells; what is in it is not done again")
+    tasks: dict[str, str] = Field(
+        description="recipes of `redi run` by name; their arms are not used"
+    )
+    arms: dict[str, StudyArm]
+    baseline: str = "control"
+    sweep_seed: int = Field(0, description="chooses the rates, on the validation split")
+    seeds: list[int] = Field(description="meet the test split")
+    max_extensions: int = Field(2, ge=0, description="of a grid whose best rate is at its edge")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "StudyConfig":
+        if self.baseline not in self.arms:
+            raise ValueError(f"baseline {self.baseline!r} is none of the arms {sorted(self.arms)}")
+        if self.sweep_seed in self.seeds:
+            raise ValueError(f"seed {self.sweep_seed} chooses the rates: it cannot test them too")
+        if "sft" in self.arms:
+            raise ValueError("an arm cannot be called sft")
+        return self
+
+
 Config = TypeVar("Config", bound=BaseModel)
 
 

@@ -18,6 +18,7 @@ with answers, and a tokenizer folder. The bytes depend on nothing but the TaskCo
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ TEACHERS = {
     "habit": Teacher(leap_probability=0.80, leap_error=0.40, step_error=0.05, num_terms=(4, 7)),
     "slip": Teacher(leap_probability=0.0, leap_error=0.0, step_error=0.40, num_terms=(3, 7)),
 }
+STEP = re.compile(r"([-+\d]+)=(-?\d+)([;?])")  # terms, result, whether it is worked out again
+TERM = re.compile(r"[-+]?\d+")
 PRETRAIN_TERMS = (2, 7)  # the student's clean sums are also shorter than any problem
 
 
@@ -202,6 +205,29 @@ def is_leap(trace: str) -> bool:
     steps = trace.split(ANSWER_MARK)[0].split(";")
     lefts = (step.split("=")[0].lstrip("-") for step in steps)
     return any(left.count("+") + left.count("-") > 1 for left in lefts)
+
+
+def habits(traces: Iterable[str]) -> dict[str, float]:
+    """How traces were worked out, right or wrong in the end.
+
+    leaps      share of traces that take more than one term in some step
+    slips      share of steps whose result is not that of their own terms
+    rechecks   share of steps that are worked out again (`?`)
+    caught     share of the slips that are; absent when there is none
+    """
+    count = num_leaps = steps = slips = rechecks = caught = 0
+    for trace in traces:
+        count += 1
+        num_leaps += is_leap(trace)
+        for left, result, end in STEP.findall(trace.split(ANSWER_MARK)[0]):
+            wrong = sum(map(int, TERM.findall(left))) != int(result)
+            steps += 1
+            slips += wrong
+            rechecks += end == "?"
+            caught += wrong and end == "?"
+    shares = {"leaps": num_leaps / max(count, 1), "slips": slips / max(steps, 1)}
+    shares["rechecks"] = rechecks / max(steps, 1)
+    return shares | ({"caught": caught / slips} if slips else {})
 
 
 def write_tokenizer(folder: str | os.PathLike) -> None:
