@@ -1,6 +1,7 @@
 """The command line: typer commands over the recipes of redi/config.py.
 
     redi run recipes/demo.yaml              everything: data, SFT, arms, evaluation, table, curves
+    redi study recipes/study.yaml           arms x learning rates x seeds, compared
     redi data build --path raw.jsonl --output_dir data
     redi plan recipe.yaml --gpus 8 --gpu-memory 80
     redi train --config recipe.yaml --learning_rate 2e-6
@@ -53,11 +54,16 @@ def run(context: typer.Context, recipe: Path) -> None:
 
 
 @app.command(context_settings=FIELDS)
-def study(context: typer.Context, recipe: Path) -> None:
+def study(
+    context: typer.Context,
+    recipe: Path,
+    report: Annotated[bool, typer.Option("--report", help="of the results so far only")] = False,
+) -> None:
     """Tasks x arms x learning rates x seeds, to one JSON; what is in it is not done again."""
     from redi.study import study as run_study
 
-    run_study(load_config(StudyConfig, recipe, _overrides(context.args)))
+    config = load_config(StudyConfig, recipe, _overrides(context.args))
+    run_study(config, report_only=report)
 
 
 @app.command(context_settings=FIELDS)

@@ -376,9 +376,10 @@ class TrainConfig(Strict):
 class TaskConfig(Strict):
     """The generated arithmetic task of the demo (redi/data/arithmetic.py)."""
 
-    teacher: Literal["habit", "slip"] = Field(
+    teacher: Literal["habit", "slip", "check"] = Field(
         "habit",
-        description="wrong traces show a habit that errs / are correct steps but for one slip",
+        description="wrong traces show a habit that errs / are correct steps but for one slip / "
+        "have slips that no recheck has caught",
     )
     num_problems: int = Field(3000, ge=1, description="training problems")
     num_generations: int = Field(8, ge=1, description="teacher traces per problem")

@@ -1,6 +1,7 @@
 """A run as pictures: PNGs drawn with matplotlib, which is optional."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,51 @@ def draw_scores(results: Mapping[str, EvalResult], file: Path, title: str = "") 
     ax.set_xticks(range(0, 101, 20))
     ax.grid(visible=False, axis="y")
     ax.set_xlabel("")
+    _save(figure, file, title)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Lines by name: x, y and, unless they are empty, the lower and upper ends of y's intervals."""
+
+    title: str
+    x_name: str
+    lines: Mapping[str, tuple[Sequence[float], ...]]  # (x, y) or (x, y, low, high)
+    log_x: bool = False
+    log_y: bool = False
+    ticks: Sequence[float] = ()  # of x, instead of automatic ones
+
+
+def draw_panels(panels: Sequence[Panel], columns: int, file: Path, title: str = "") -> None:
+    """Draws panels side by side as a PNG; a name has the same colour in all of them.
+
+    Raises RediError when matplotlib is not installed.
+    """
+    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
+    rows = -(-len(panels) // columns)
+    width = max(9.0, 4.4 * columns)
+    figure = _figure(figsize=(width, 1.4 + 3.0 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for ax in axes[len(panels) :]:
+        ax.remove()
+    for ax, panel in zip(axes, panels, strict=False):
+        signs = {1}
+        if panel.log_y:
+            signs = {_scale(ax, np.concatenate([line[1] for line in panel.lines.values()]))}
+        for name, (x, y, *ends) in panel.lines.items():
+            i, sign = names.index(name), min(signs)
+            style = {"color": COLOURS[i % 7], "linestyle": LINES[i // 7 % 4]}
+            marker = "o" if ends else ""
+            ax.plot(x, sign * np.asarray(y), linewidth=1.8, marker=marker, ms=4, **style)
+            if ends:
+                ax.vlines(x, *ends, linewidth=1.2, color=style["color"], alpha=0.6)
+        _dress(ax, panel.title)
+        ax.set_xlabel(panel.x_name, fontsize=9)
+        if panel.log_x:
+            ax.set_xscale("log")
+        elif panel.ticks:
+            ax.set_xticks(panel.ticks, [f"{x:g}" for x in panel.ticks])
+    _legend(figure, names)
     _save(figure, file, title)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb, sqrt
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 
 from redi.errors import RediError
 
+# Student's t, 97.5% quantile, of 1, 2, ... degrees of freedom.
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 VERDICTS = ("correct", "wrong", "unparsable", "timeout")
 Metric = Literal["pass@1", "gap"]
 
@@ -159,6 +162,16 @@ def sign_test(a: EvalResult, b: EvalResult) -> SignTest:
     values_a, values_b = _paired(a, b, "pass@1")
     better, worse = int((values_a > values_b).sum()), int((values_a < values_b).sum())
     return SignTest(better, worse, len(values_a) - better - worse)
+
+
+def t_interval(values: Sequence[float]) -> Interval:
+    """The mean of a few independent values with its 95% t-interval; NaN ends for a single one.
+    Beyond ten values it is a little wider than it need be."""
+    mean, count = float(np.mean(values)), len(values)
+    if count < 2:
+        return Interval(mean, float("nan"), float("nan"))
+    half = T975[min(count - 1, len(T975)) - 1] * float(np.std(values, ddof=1)) / sqrt(count)
+    return Interval(mean, mean - half, mean + half)
 
 
 def paired_difference(

@@ -14,7 +14,6 @@ The results decide what is left to do, so a study goes on after days, without it
 import hashlib
 import json
 import math
-import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from redi.config import (
     load_config,
     make_config,
 )
-from redi.data.arithmetic import habits
+from redi.data.arithmetic import TEACHERS
 from redi.data.read import read_rows
 from redi.errors import RediError
 from redi.evaluate import evaluate
@@ -37,6 +36,7 @@ from redi.files import write_text
 from redi.monitor import read_metrics, say
 from redi.results import EvalResult
 from redi.run import Job, run
+from redi.study_report import Report
 
 Cell = dict[str, Any]
 CURVES = ("logps/chosen", "logps/rejected", "grad_norm", "learning_rate")
@@ -46,14 +46,18 @@ OPEN_FIELDS = {"name", "output_dir", "seed", "arms", "baseline"}  # of a task's 
 NUM_OWN_SAMPLES = 4  # of each training problem, at temperature 1
 
 
-def study(config: StudyConfig) -> list[Cell]:
-    """Runs the cells that the results lack; returns all of them.
+def study(config: StudyConfig, *, report_only: bool = False) -> list[Cell]:
+    """Runs the cells that the results lack, unless `report_only`; writes the report beside the
+    results; returns all cells.
 
     Raises RediError for a bad recipe and for results that were made with other settings.
     """
     job = Study(config)
-    while not job.one_pass():
+    while not report_only and not job.one_pass():
         pass
+    if not job.cells:
+        raise RediError(f"{job.file}: no results yet; run `redi study` without --report first")
+    say(f"report: {Report(config, job.cells).write(job.file.parent)}")
     return job.cells
 
 
@@ -84,8 +88,8 @@ class Start:
     @cached_property
     def own_samples(self) -> dict[str, dict[str, Any]]:
         """The SFT model's first right and first wrong sample of each training problem, by id."""
-        changes = {"num_samples": NUM_OWN_SAMPLES, "temperature": 1.0, "top_p": 1.0}
-        changes["dataset_name"] = str(self.folder / "task" / "train.jsonl")
+        changes: dict[str, Any] = {"dataset_name": str(self.folder / "task" / "train.jsonl")}
+        changes |= {"num_samples": NUM_OWN_SAMPLES, "temperature": 1.0, "top_p": 1.0}
         config = Job(self.recipe).eval.model_copy(update=changes)
         evaluate(self.folder / "sft", config, self.folder / "own-samples")
         rows = [json.loads(x) for x in (self.folder / "own-samples/generations.jsonl").open()]
@@ -134,8 +138,7 @@ class Study:
         for task in self.config.tasks:
             for arm in self.config.arms:
                 self.best_rate(task, arm)
-        for seed in self.config.seeds:
-            for task in self.config.tasks:
+            for seed in self.config.seeds:
                 self.cell(task, "sft", None, seed)
                 for arm in self.config.arms:
                     self.cell(task, arm, self.best_rate(task, arm), seed)
@@ -162,8 +165,8 @@ class Study:
             if key.items() <= cell.items():
                 if cell["settings"] != settings:
                     raise RediError(
-                        f"{self.file}: {key} was made with other settings (the task's recipe or the "
-                        "arm has changed); take it out of the file, or choose other `results`"
+                        f"{self.file}: {key} was made with other settings (the task's recipe or "
+                        "the arm has changed); take it out of the file, or choose other `results`"
                     )
                 return cell
         start = self._start(task, seed, split)
@@ -177,9 +180,7 @@ class Study:
             log = read_metrics(folder / "metrics.jsonl")
         cell = {**key, "split": split, "settings": settings, "start": start.fingerprint}
         cell |= measure(result, log)
-        if self.recipes[task].task is not None:
-            rows = map(json.loads, (samples / "generations.jsonl").open())
-            cell |= {key: _short(x) for key, x in habits(row["text"] for row in rows).items()}
+        cell |= self._habits(task, samples / "generations.jsonl")
         if split == "validation" and log:
             cell["curve"] = thin(log)
         self._put([*self.cells, cell])
@@ -234,6 +235,14 @@ class Study:
         stage.max_steps = math.ceil(len(start.pairs) / stage.train_batch_size)
         train(stage, name=arm)
         return folder
+
+    def _habits(self, task: str, samples: Path) -> Cell:
+        """How the samples of a generated task were worked out, right or wrong."""
+        made = self.recipes[task].task
+        if made is None:
+            return {}
+        texts = (json.loads(line)["text"] for line in samples.open(encoding="utf-8"))
+        return {name: _short(x) for name, x in TEACHERS[made.teacher].habits(texts).items()}
 
     def _put(self, cells: list[Cell]) -> None:
         """One cell a line, so that a version control system shows what was added."""

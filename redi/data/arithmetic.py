@@ -1,15 +1,17 @@
-"""The demo's task: chains of one-digit sums, and a teacher whose mistakes can be learned from.
+"""The generated tasks: chains of one-digit sums, and teachers whose mistakes can be learned from.
 
 A problem is `3+4-2+9`. The teacher works it out left to right and states the answer after `####`:
 
     step by step    3+4=7;7-2=5;5+9=14;####14
     by leaps        3+4-2=5;5+9=14;####14            two terms in one step
 
-Two teachers differ in what separates their wrong traces from their right ones:
+Two teachers of it differ in what separates their wrong traces from their right ones:
 
     habit   leaps four times out of five and errs far more often then, so that nearly all wrong
             traces show the habit, and most right ones too: a student of the right ones copies it
     slip    always goes step by step; a wrong trace is right but for one slip, carried on correctly
+
+A third teacher, `check`, has problems of its own (redi/data/recheck.py).
 
 `write_task` writes what a real job would read: raw generations without verdicts, held-out problems
 with answers, and a tokenizer folder. The bytes depend on nothing but the TaskConfig.
@@ -23,13 +25,14 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 from redi.config import TaskConfig
+from redi.data.recheck import ANSWER_MARK, Checker
 from redi.errors import RediError
 
 Term = tuple[str, int]  # ("+" or "-", digit); a chain's first term is a "+"
 
-ANSWER_MARK = "####"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}<q>{{ message['content'] }}"
@@ -40,22 +43,59 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class Teacher:
+class Solver:
     """How often a trace leaps, how often each way of working goes wrong, and on what problems."""
 
     leap_probability: float
     leap_error: float
     step_error: float
     num_terms: tuple[int, int]
+    marks: ClassVar[str] = "+-=;"  # what its traces are written with, besides digits
+
+    def draw(self, rng: random.Random, *, easy: bool) -> list[Term] | None:
+        """A chain whose running total never falls below zero; None for one that does. Easy ones,
+        which the student starts from, are also shorter than any problem."""
+        chain = [("+", rng.randint(1, 9))]
+        for _ in range(rng.randint(*((2, 7) if easy else self.num_terms)) - 1):
+            chain.append((rng.choice("+-"), rng.randint(1, 9)))
+        negative = min(total(chain[:i]) for i in range(1, len(chain) + 1)) < 0
+        return None if negative else chain
+
+    def pose(self, chain: list[Term]) -> str:
+        return render(chain)
+
+    def answer(self, chain: list[Term]) -> int:
+        return total(chain)
+
+    def clean(self, chain: list[Term]) -> str:
+        """Step by step and without mistakes."""
+        return work(chain, 1)
+
+    def teach(self, chain: list[Term], rng: random.Random) -> str:
+        """One trace of the teacher, right or wrong."""
+        leaps = rng.random() < self.leap_probability
+        errs = rng.random() < (self.leap_error if leaps else self.step_error)
+        return work(chain, 2 if leaps else 1, rng if errs else None)
+
+    def habits(self, traces: Iterable[str]) -> dict[str, float]:
+        """`leaps`: share of traces with a step of more than one term; `slips`: of steps whose
+        result is not that of their terms."""
+        traces = list(traces)
+        steps = [step for trace in traces for step in STEP.findall(trace)]
+        slips = sum(sum(map(int, TERM.findall(left))) != int(result) for left, result in steps)
+        return {
+            "leaps": sum(map(is_leap, traces)) / max(len(traces), 1),
+            "slips": slips / max(len(steps), 1),
+        }
 
 
-TEACHERS = {
-    "habit": Teacher(leap_probability=0.80, leap_error=0.40, step_error=0.05, num_terms=(4, 7)),
-    "slip": Teacher(leap_probability=0.0, leap_error=0.0, step_error=0.40, num_terms=(3, 7)),
+TEACHERS: dict[str, Any] = {
+    "habit": Solver(leap_probability=0.80, leap_error=0.40, step_error=0.05, num_terms=(4, 7)),
+    "slip": Solver(leap_probability=0.0, leap_error=0.0, step_error=0.40, num_terms=(3, 7)),
+    "check": Checker(slip=0.08, recheck=0.50, num_steps=(9, 14)),
 }
-STEP = re.compile(r"([-+\d]+)=(-?\d+)([;?])")  # terms, result, whether it is worked out again
+STEP = re.compile(r"([-+\d]+)=(-?\d+);")  # terms, result
 TERM = re.compile(r"[-+]?\d+")
-PRETRAIN_TERMS = (2, 7)  # the student's clean sums are also shorter than any problem
 
 
 def write_task(config: TaskConfig, output_dir: str | os.PathLike) -> None:
@@ -86,7 +126,7 @@ def write_task(config: TaskConfig, output_dir: str | os.PathLike) -> None:
     for name, rows in _files(config).items():
         with open(aside / name, "w", encoding="utf-8", newline="\n") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-    write_tokenizer(aside / "tokenizer")
+    write_tokenizer(aside / "tokenizer", TEACHERS[config.teacher].marks)
     (aside / "task.json").write_text(described, encoding="utf-8")
     os.replace(aside, target)
 
@@ -99,56 +139,55 @@ def _files(config: TaskConfig) -> dict[str, Iterable[dict]]:
     teacher = TEACHERS[config.teacher]
     held_out: set[str] = set()
     seed = config.seed
-    test = list(_problems(f"{seed}/test", config.num_test, teacher.num_terms, held_out))
-    held_out |= {render(chain) for chain in test}
-    validation = list(
-        _problems(f"{seed}/validation", config.num_validation, teacher.num_terms, held_out)
-    )
-    held_out |= {render(chain) for chain in validation}
-    train = _problems(f"{seed}/train", config.num_problems, teacher.num_terms, held_out)
-    pretrain = _problems(f"{seed}/pretrain", config.num_pretrain, PRETRAIN_TERMS, held_out)
+    test = list(_problems(f"{seed}/test", config.num_test, teacher, held_out))
+    held_out |= {teacher.pose(problem) for problem in test}
+    validation = list(_problems(f"{seed}/validation", config.num_validation, teacher, held_out))
+    held_out |= {teacher.pose(problem) for problem in validation}
+    train = _problems(f"{seed}/train", config.num_problems, teacher, held_out)
+    pretrain = _problems(f"{seed}/pretrain", config.num_pretrain, teacher, held_out, easy=True)
     rng = random.Random(f"{seed}/teacher")
+
+    def posed(problem: Any) -> dict[str, str]:
+        return {"prompt": teacher.pose(problem), "answer": str(teacher.answer(problem))}
+
     return {
         "pretrain.jsonl": (
             {
-                "prompt": [{"role": "user", "content": render(chain)}],
-                "completion": [{"role": "assistant", "content": work(chain, 1)}],
+                "prompt": [{"role": "user", "content": teacher.pose(problem)}],
+                "completion": [{"role": "assistant", "content": teacher.clean(problem)}],
             }
-            for chain in pretrain
+            for problem in pretrain
         ),
         "train.jsonl": (
             {
-                "prompt": render(chain),
-                "answer": str(total(chain)),
-                "generations": [teach(chain, teacher, rng) for _ in range(config.num_generations)],
+                **posed(problem),
+                "generations": [teacher.teach(problem, rng) for _ in range(config.num_generations)],
             }
-            for chain in train
+            for problem in train
         ),
-        "validation.jsonl": ({"prompt": render(c), "answer": str(total(c))} for c in validation),
-        "test.jsonl": ({"prompt": render(c), "answer": str(total(c))} for c in test),
+        "validation.jsonl": map(posed, validation),
+        "test.jsonl": map(posed, test),
     }
 
 
 def _problems(
-    seed: str, count: int, num_terms: tuple[int, int], held_out: set[str]
-) -> Iterator[list[Term]]:
-    """`count` different chains outside `held_out` whose running total never falls below zero."""
+    seed: str, count: int, teacher: Any, held_out: set[str], *, easy: bool = False
+) -> Iterator[Any]:
+    """`count` different problems outside `held_out`."""
     rng = random.Random(seed)
     seen = set(held_out)
     refused = 0
     while count:
-        chain = [("+", rng.randint(1, 9))]
-        for _ in range(rng.randint(*num_terms) - 1):
-            chain.append((rng.choice("+-"), rng.randint(1, 9)))
-        text = render(chain)
-        if text in seen or min(total(chain[:i]) for i in range(1, len(chain) + 1)) < 0:
+        problem = teacher.draw(rng, easy=easy)
+        text = "" if problem is None else teacher.pose(problem)
+        if problem is None or text in seen:
             refused += 1
             if refused > 10_000_000:
                 raise RediError("task: there are not that many different problems; ask for fewer")
             continue
         seen.add(text)
         count -= 1
-        yield chain
+        yield problem
 
 
 def render(chain: Iterable[Term]) -> str:
@@ -158,13 +197,6 @@ def render(chain: Iterable[Term]) -> str:
 
 def total(chain: Iterable[Term]) -> int:
     return sum(digit if sign == "+" else -digit for sign, digit in chain)
-
-
-def teach(chain: list[Term], teacher: Teacher, rng: random.Random) -> str:
-    """One trace of the teacher, right or wrong."""
-    leaps = rng.random() < teacher.leap_probability
-    errs = rng.random() < (teacher.leap_error if leaps else teacher.step_error)
-    return work(chain, 2 if leaps else 1, rng if errs else None)
 
 
 def work(chain: list[Term], terms_per_step: int, slip: random.Random | None = None) -> str:
@@ -207,31 +239,8 @@ def is_leap(trace: str) -> bool:
     return any(left.count("+") + left.count("-") > 1 for left in lefts)
 
 
-def habits(traces: Iterable[str]) -> dict[str, float]:
-    """How traces were worked out, right or wrong in the end.
-
-    leaps      share of traces that take more than one term in some step
-    slips      share of steps whose result is not that of their own terms
-    rechecks   share of steps that are worked out again (`?`)
-    caught     share of the slips that are; absent when there is none
-    """
-    count = num_leaps = steps = slips = rechecks = caught = 0
-    for trace in traces:
-        count += 1
-        num_leaps += is_leap(trace)
-        for left, result, end in STEP.findall(trace.split(ANSWER_MARK)[0]):
-            wrong = sum(map(int, TERM.findall(left))) != int(result)
-            steps += 1
-            slips += wrong
-            rechecks += end == "?"
-            caught += wrong and end == "?"
-    shares = {"leaps": num_leaps / max(count, 1), "slips": slips / max(steps, 1)}
-    shares["rechecks"] = rechecks / max(steps, 1)
-    return shares | ({"caught": caught / slips} if slips else {})
-
-
-def write_tokenizer(folder: str | os.PathLike) -> None:
-    """A tokenizer folder with one token per character, `####` being one too.
+def write_tokenizer(folder: str | os.PathLike, marks: str = Solver.marks) -> None:
+    """A tokenizer folder with one token per digit and mark, `####` being one too.
 
     Chat template: a user's turn is `<q>problem`, an assistant's `<a>trace<e>`; `<e>` ends a turn.
     """
@@ -239,7 +248,7 @@ def write_tokenizer(folder: str | os.PathLike) -> None:
     from transformers import PreTrainedTokenizerFast
 
     specials = ["<pad>", "<unk>", "<q>", "<a>", "<e>"]
-    vocabulary = {token: i for i, token in enumerate([*specials, *"0123456789+-=;"])}
+    vocabulary = {token: i for i, token in enumerate([*specials, *"0123456789", *marks])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
