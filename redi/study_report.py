@@ -32,7 +32,12 @@ class Report:
         parts = ["# Study\n\nWritten by `redi study`; docs/study.md says what it means.\n"]
         for task in self.tasks:
             parts.append(f"## {task}\n")
-            tables = [self.over_seeds(task), self.by_seed(task), self.rates(task)]
+            tables = [
+                self.over_seeds(task),
+                self.between(task),
+                self.by_seed(task),
+                self.rates(task),
+            ]
             parts += [table.markdown() for table in tables if table.rows]
         pictures = {
             "rates": ("Against learning rate (validation, one seed)", self.rates_panel),
@@ -70,9 +75,9 @@ class Report:
     def arms(self, task: str) -> list[str]:
         return [arm for arm in ("sft", *self.config.arms) if self.swept(task, arm)]
 
-    def differences(self, task: str, arm: str) -> list[float]:
-        """In percent, to the baseline of the same seed, hence of the same SFT model."""
-        base = {cell["seed"]: cell["pass@1"] for cell in self.tested(task, self.config.baseline)}
+    def differences(self, task: str, arm: str, other: str) -> list[float]:
+        """In percent, to the other arm of the same seed, hence of the same SFT model."""
+        base = {cell["seed"]: cell["pass@1"] for cell in self.tested(task, other)}
         own = self.tested(task, arm)
         return [100 * (c["pass@1"] - base[c["seed"]]) for c in own if c["seed"] in base]
 
@@ -85,7 +90,10 @@ class Report:
         plain = [name for name in PLAIN if any(name in cell for cell in every)]
         rows = []
         for arm in arms:
-            cells, differences = self.tested(task, arm), self.differences(task, arm)
+            cells, differences = (
+                self.tested(task, arm),
+                self.differences(task, arm, self.config.baseline),
+            )
             compared = differences and arm != self.config.baseline
             rows.append([
                 arm,
@@ -101,6 +109,19 @@ class Report:
         return Table(
             [*header, *percent, *(name.removeprefix("logps/") for name in plain)], rows, note
         )
+
+    def between(self, task: str) -> Table:
+        arms = [arm for arm in self.arms(task) if len(self.tested(task, arm)) > 1]
+        rows = []
+        for arm in arms:
+            others = [t_interval(self.differences(task, arm, other)) for other in arms]
+            cells = [
+                _plus_minus(x, "+.1f") if o != arm else ""
+                for o, x in zip(arms, others, strict=True)
+            ]
+            rows.append([arm, *cells])
+        note = "Row minus column, paired by seed; in percent, ± is a 95% t-interval over seeds."
+        return Table(["arm", *(f"minus {arm}" for arm in arms)], rows, note)
 
     def by_seed(self, task: str) -> Table:
         seeds = sorted({c["seed"] for c in self._cells(task=task, split="test")})

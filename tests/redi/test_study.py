@@ -131,7 +131,7 @@ def test_other_settings_are_refused_by_name(done, tmp_path):
     shutil.copytree(done / "study", tmp_path / "study")
     write(tmp_path)
     arms = ARMS | {"control": ARMS["control"] | {"settings": {"alpha": 0.1}}}
-    with pytest.raises(RediError, match="'arm': 'control'.*made with other settings"):
+    with pytest.raises(RediError, match=r"'arm': 'control'.*made with other settings"):
         study(config(tmp_path, arms=arms))
 
 
@@ -178,11 +178,11 @@ def test_report_from_made_up_cells(tmp_path):
                 score = level + gain - 0.05 * (rate == 1e-3)
                 curve = {"step": [1, 2], "grad_norm": [1.0, 2.0], "learning_rate": [1e-4, 1e-4]}
                 curve |= {"logps/chosen": [-0.1, -0.2], "logps/rejected": [-1.0, -2.0]}
-                made.append({"task": "tiny", "arm": arm, "rate": rate, "seed": seed, "tokens": 9.0,
-                             "split": split, "pass@1": score, "error": 0.01, "curve": curve})  # fmt: skip
+                key = {"task": "tiny", "arm": arm, "rate": rate, "seed": seed, "split": split}
+                made.append({**key, "pass@1": score, "error": 0.01, "tokens": 9.0, "curve": curve})
     table = Report(config(tmp_path), made).over_seeds("tiny")
     rows = {row[0]: row for row in table.rows}
-    half = (t_interval([30, 50, 70]).high - 50) / 1
+    half = t_interval([30, 50, 70]).high - 50
     assert rows["control"][:5] == ["control", "0.0001", "3", f"50.0 ± {half:.1f}", ""]
     assert rows["own"][4] == "+10.0 ± 0.0"
     text = Report(config(tmp_path), made).write(tmp_path).read_text()

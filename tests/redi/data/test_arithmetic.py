@@ -31,9 +31,9 @@ def answer_of(trace: str) -> str:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Both tasks, small."""
+    """All tasks, small."""
     written = {}
-    for teacher in ("habit", "slip"):
+    for teacher in ("habit", "slip", "check"):
         written[teacher] = tmp_path_factory.mktemp("task") / teacher
         write_task(TaskConfig(teacher=teacher, **SMALL), written[teacher])
     return written
@@ -58,7 +58,7 @@ def test_same_config_same_bytes_and_another_seed_other_problems(
     assert all(first[name] != other[name] for name in FILES)
 
 
-@pytest.mark.parametrize("teacher", ["habit", "slip"])
+@pytest.mark.parametrize("teacher", ["habit", "slip", "check"])
 def test_splits_hold_the_asked_number_of_different_problems(
     folders: dict[str, Path], teacher: str
 ) -> None:
@@ -70,7 +70,7 @@ def test_splits_hold_the_asked_number_of_different_problems(
     assert not (validation & test) and not ((validation | test) & (train | pretrain))
 
 
-@pytest.mark.parametrize("teacher", ["habit", "slip"])
+@pytest.mark.parametrize("teacher", ["habit", "slip", "check"])
 def test_answers_are_the_value_of_the_sum(folders: dict[str, Path], teacher: str) -> None:
     for name in ("train.jsonl", "validation.jsonl", "test.jsonl"):
         for row in rows(folders[teacher], name):
@@ -121,6 +121,52 @@ def test_slip_teacher_never_leaps(folders: dict[str, Path]) -> None:
     assert wrong / len(traces) == pytest.approx(0.40, abs=0.03)
 
 
+def test_check_traces_are_right_when_every_slip_was_caught(folders: dict[str, Path]) -> None:
+    """Read here with plain string methods: the product's own patterns are not used."""
+    slips = steps = rechecks = caught = wrong_traces = 0
+    for row in rows(folders["check"], "train.jsonl"):
+        start, rest = row["prompt"].split("+")
+        difference, count = map(int, rest.split("*"))
+        for trace in row["generations"]:
+            value, missed = int(start), 0
+            *body, answer = trace.split(";")
+            for i, step in enumerate(body, 1):
+                assert step.startswith(f"{i}:{value}+{difference}=")
+                first, *again = step.split("=")[1].split("?")
+                right = value + difference
+                assert again in ([], [str(right)])
+                slips, rechecks, steps = (
+                    slips + (int(first) != right),
+                    rechecks + len(again),
+                    steps + 1,
+                )
+                caught += int(first) != right and bool(again)
+                missed += int(first) != right and not again
+                value = int(again[0] if again else first)
+            assert len(body) == count and answer == f"####{value}"
+            wrong_traces += answer_of(trace) != row["answer"]
+            assert missed or answer_of(trace) == row["answer"]
+    assert slips / steps == pytest.approx(0.08, abs=0.01)
+    assert rechecks / steps == pytest.approx(0.50, abs=0.01)
+    assert caught / slips == pytest.approx(
+        0.50, abs=0.03
+    )  # slip and recheck know nothing of another
+    traces = [t for row in rows(folders["check"], "train.jsonl") for t in row["generations"]]
+    measured = arithmetic.TEACHERS["check"].habits(traces)
+    expected = {"slips": slips / steps, "rechecks": rechecks / steps, "caught": caught / slips}
+    assert measured == pytest.approx(expected)
+    assert 100 < sum(map(len, traces)) / len(traces) < 300
+
+
+def test_habits_of_sums() -> None:
+    traces = ["3+4=7;7-2=5;####5", "3+4-2=6;####6"]
+    assert arithmetic.TEACHERS["slip"].habits(traces) == {
+        "leaps": 0.5,
+        "slips": pytest.approx(1 / 3),
+    }
+    assert arithmetic.TEACHERS["slip"].habits(["", "x"]) == {"leaps": 0.0, "slips": 0.0}
+
+
 def test_is_leap() -> None:
     assert is_leap("3+4-2=5;####5") and is_leap("3+4=7;-7-2-1=4;####4")
     assert not is_leap("3-5=-2;-2+4=2;####2") and not is_leap("")
@@ -164,7 +210,7 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
 def test_interrupted_writing_leaves_nothing_and_the_next_call_succeeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(folder: Path) -> None:
+    def fails(folder: Path, marks: str) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
