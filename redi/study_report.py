@@ -44,9 +44,10 @@ class Report:
             "alpha": ("Against alpha, at the learning rates of the sweep", self.alpha_panel),
         }
         for name, (title, panel) in pictures.items():
-            panels = [panel(task) for task in self.tasks]
-            draw_panels(panels, len(panels), folder / f"{name}.png", title)
-            parts.append(f"![{title}]({name}.png)\n")
+            panels = [made for task in self.tasks if (made := panel(task)).lines]
+            if panels:
+                draw_panels(panels, len(panels), folder / f"{name}.png", title)
+                parts.append(f"![{title}]({name}.png)\n")
         panels = [panel for task in self.tasks for panel in self.step_panels(task)]
         draw_panels(panels, 3, folder / "steps.png", "Stage 2, healthy and collapsing")
         parts.append("![log-probs and update size against step](steps.png)\n")
