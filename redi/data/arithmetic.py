@@ -92,7 +92,7 @@ class Solver:
 TEACHERS: dict[str, Any] = {
     "habit": Solver(leap_probability=0.80, leap_error=0.40, step_error=0.05, num_terms=(4, 7)),
     "slip": Solver(leap_probability=0.0, leap_error=0.0, step_error=0.40, num_terms=(3, 7)),
-    "check": Checker(slip=0.08, recheck=0.50, num_steps=(9, 14)),
+    "check": Checker(slip=0.20, recheck=0.60, num_steps=(9, 14)),
 }
 STEP = re.compile(r"([-+\d]+)=(-?\d+);")  # terms, result
 TERM = re.compile(r"[-+]?\d+")

@@ -2,10 +2,11 @@
 
 A problem is `57+6*4`. The teacher adds step by step, and states the answer after `####`:
 
-    1:57+6=63;2:63+6=68?69;3:69+6=75;4:75+6=81;####81
+    1:57+6=63;2:63+6=79?69;3:69+6=75;4:75+6=81;####81
 
-Any step may have a slip, and any step may be rechecked (`?`, and the right result), slip or not. So
-a trace is right when every slip was caught, and what a wrong one lacks is a recheck in one place.
+Any step may have a slip (10 too many), and any step may be rechecked (`?`, and the right result),
+slip or not. So a trace is right when every slip was caught, and a wrong one lacks a recheck where
+it was needed.
 """
 
 import random
@@ -17,7 +18,7 @@ from typing import ClassVar
 ANSWER_MARK = "####"
 # Two terms, their sum, and what a recheck made of it.
 STEP = re.compile(r"(-?\d+)\+(\d+)=(-?\d+)(?:\?(-?\d+))?;")
-SLIPS = (-10, -2, -1, 1, 2, 10)
+SLIP = 10  # an invented carry; always the same, so that two of them never cancel
 
 Progression = tuple[int, int, int]  # start, what is added, how often
 
@@ -52,7 +53,7 @@ class Checker:
         text = ""
         for i in range(1, count + 1):
             right = value + difference
-            value = right + (rng.choice(SLIPS) if rng.random() < self.slip else 0)
+            value = right + SLIP * (rng.random() < self.slip)
             text += f"{i}:{right - difference}+{difference}={value}"
             if rng.random() < self.recheck:
                 value = right
