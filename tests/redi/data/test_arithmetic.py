@@ -148,9 +148,8 @@ def test_check_traces_are_right_when_every_slip_was_caught(folders: dict[str, Pa
             assert (missed == 0) == (answer_of(trace) == row["answer"])
     assert slips / steps == pytest.approx(0.20, abs=0.01)
     assert rechecks / steps == pytest.approx(0.60, abs=0.01)
-    assert caught / slips == pytest.approx(
-        0.60, abs=0.03
-    )  # slip and recheck know nothing of another
+    # The same share of the slips: rechecks know nothing of them.
+    assert caught / slips == pytest.approx(0.60, abs=0.03)
     traces = [t for row in rows(folders["check"], "train.jsonl") for t in row["generations"]]
     measured = arithmetic.TEACHERS["check"].habits(traces)
     expected = {"slips": slips / steps, "rechecks": rechecks / steps, "caught": caught / slips}
