@@ -426,7 +426,7 @@ def test_preset_paper_is_the_papers_scripts(tmp_path, monkeypatch):
             {
                 "id": str(i),
                 "problem": draw.choice([None, "", *["1+1? " * draw.randint(1, 12)] * 8]),
-                "answer": "2",
+                "answer": None,  # or math-verify could settle what the rules must
                 "generations": draw.choice(
                     [None, *[[f"{i}.{j}" + " a" * draw.randint(0, 30) for j in range(num)]] * 9]
                 ),
