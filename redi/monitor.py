@@ -97,10 +97,10 @@ def ticker(label: str, every: float = 10.0) -> Callable[..., None]:
     first: float | None = None
 
     def tick(count: int, share: float | None = None) -> None:
-        nonlocal printed, first
+        nonlocal start, printed, first
         now = time.monotonic()
         if first is None and share is not None:
-            first = share
+            start, first = now, share
         if now - printed < every:
             return
         printed = now

@@ -156,11 +156,13 @@ def _make_parts(
     parts: list[Path] = []
     rows = size = 0
 
-    def done(task: Task) -> None:
+    def count(task: Task) -> None:
         nonlocal rows, size
         report = json.loads((aside / f"{task.part}.json").read_text(encoding="utf-8"))["report"]
         rows += report["counts"].get("rows read", 0)
         size += task.block.bytes
+
+    def tell() -> None:  # of parts made now, so that those that were found do not set the pace
         if progress:
             progress(rows, min(size / total, 1.0))
 
@@ -170,14 +172,15 @@ def _make_parts(
             task = Task(index, block)
             parts.append(aside / f"{task.part}.json")
             if parts[-1].exists():
-                done(task)
+                count(task)
             else:
                 yield task
 
     for task, name in _work_on(chooser, to_do(), aside):
         suffixes = (".arrow", ".json")
         publish(aside, {name + suffix: aside / (task.part + suffix) for suffix in suffixes})
-        done(task)
+        count(task)
+        tell()
     return parts
 
 

@@ -90,7 +90,7 @@ class _Worker:
         self._process = subprocess.Popen(
             [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # nothing is written; its end is the end of the parent
             env=os.environ | _ENVIRONMENT,
         )
         theirs.close()
@@ -110,6 +110,8 @@ class _Worker:
     def close(self) -> int:
         """Ends the process; returns its exit status."""
         self.pipe.close()
+        assert self._process.stdin
+        self._process.stdin.close()
         if self._process.poll() is None:
             self._process.kill()
         return self._process.wait()
@@ -130,8 +132,14 @@ def _killer(task: Any, worker: _Worker) -> str:
 def serve(handle: int) -> None:
     """The worker: `work` first, then one task after the other, until the parent is gone."""
     import signal
+    import threading
+
+    def end_with_parent() -> None:
+        os.read(0, 1)
+        os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    threading.Thread(target=end_with_parent, daemon=True).start()  # in the middle of a task, too
     pipe = Connection(handle)
     try:
         work = pickle.loads(pipe.recv_bytes())
@@ -147,5 +155,5 @@ def serve(handle: int) -> None:
             except Exception:
                 outcome = (None, RuntimeError(traceback.format_exc()))
             pipe.send_bytes(pickle.dumps(outcome))
-    except (EOFError, BrokenPipeError):  # the parent is gone
-        pass
+    except (EOFError, ConnectionError):  # the parent is gone
+        os._exit(1)

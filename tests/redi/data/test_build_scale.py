@@ -85,7 +85,11 @@ def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path, small_blocks, end):
         progress=lambda rows, share: seen.append((rows, share)),
     )
     assert outputs(tmp_path / "killed") == outputs(tmp_path / "peace")
-    assert len(found) >= 3 and len(seen) > 4 and seen[-1] == (60, 1.0)
+    assert len(found) >= 3
+    if end == "merge":
+        assert seen == []
+    else:
+        assert seen[-1] == (60, 1.0) and seen[0][0] > 10  # what was found is not news
 
 
 def test_parts_that_are_done_are_not_done_again(tmp_path, small_blocks, monkeypatch):
