@@ -79,7 +79,7 @@ def run_path(path: str, backend: str, dtype, x, w, y, bias, weight) -> list[torc
     leaves = [t.detach().to(dtype).requires_grad_() for t in (x, w, bias)]
     options = {"softcap": 20.0, "backend": backend}
     if path == "fused":
-        total, logp = weighted_logprobs(*leaves[:2], y, weight, leaves[2], **options)
+        total, logp, _ = weighted_logprobs(*leaves[:2], y, weight, leaves[2], **options)
     else:
         out = token_logprobs(*leaves[:2], y, bias=leaves[2], **options)
         total, logp = (out.logp_T * weight.to(out.logp_T)).sum() + out.lse_T.sum(), out.logp_T

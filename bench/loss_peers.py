@@ -22,16 +22,18 @@ class Implementation:
     make: Callable[[], Loss]
 
 
-def ours_fused() -> Loss:
+def ours_fused(tolerance: float = 0.0) -> Loss:
     from redi_kernels import sft_loss
 
-    return lambda x_TH, w_VH, y_T: sft_loss(x_TH, w_VH, y_T).loss
+    return lambda x_TH, w_VH, y_T: sft_loss(x_TH, w_VH, y_T, tolerance=tolerance).loss
 
 
-def ours_primitive() -> Loss:
+def ours_primitive(tolerance: float = 0.0) -> Loss:
     from redi_kernels import token_logprobs
 
-    return lambda x_TH, w_VH, y_T: -token_logprobs(x_TH, w_VH, y_T).logp_T.mean()
+    return lambda x_TH, w_VH, y_T: (
+        -token_logprobs(x_TH, w_VH, y_T, tolerance=tolerance).logp_T.mean()
+    )
 
 
 def naive() -> Loss:
@@ -100,10 +102,12 @@ def liger_preference() -> Loss:
 
 IMPLEMENTATIONS = {
     "redi_kernels, fused": Implementation("known", ours_fused),
+    "redi_kernels, fused, tolerance 2": Implementation("known", lambda: ours_fused(2.0)),
     "F.linear_cross_entropy, compact": Implementation("known", torch_chunked("compact")),
     "F.linear_cross_entropy, accurate": Implementation("known", torch_chunked("accurate")),
     "Liger 0.8 chunked preference": Implementation("known", liger_preference),
     "redi_kernels, primitive": Implementation("later", ours_primitive),
+    "redi_kernels, primitive, tolerance 2": Implementation("later", lambda: ours_primitive(2.0)),
     "TRL 1.16 chunked log-probs": Implementation("later", trl),
     "CCE exact (Triton)": Implementation("later", cce_triton),
     "CCE torch_compile": Implementation("keeps", cce),

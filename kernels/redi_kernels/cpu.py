@@ -39,7 +39,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logp_N, lse_N, entropy_N, correct_N) of targets `y_N`, each in [0, V). 1 U."""
     N = len(x_NH)
-    blocks = _Blocks(x_NH, w_VH, head)
+    blocks = Blocks(x_NH, w_VH, head)
     y_P = blocks.pad(y_N)
     logp_P, lse_P, entropy_P = (torch.empty_like(y_P, dtype=blocks.acc) for _ in range(3))
     correct_P = torch.empty_like(y_P, dtype=torch.bool)
@@ -62,8 +62,8 @@ def weighted(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """logp_N and the gradients of sum(weight * logp) for what `needs` of (x, w, bias). 3 U."""
     N = len(x_NH)
-    blocks = _Blocks(x_NH, w_VH, head)
-    grads = _Gradients(x_NH, blocks, needs)
+    blocks = Blocks(x_NH, w_VH, head)
+    grads = Gradients(x_NH, blocks, needs)
     y_P, weight_P = blocks.pad(y_N), blocks.pad(weight_N.to(blocks.acc))
     logp_P = torch.empty_like(weight_P)
     z_VB = blocks.buffer(len(w_VH))
@@ -90,8 +90,8 @@ def backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of sum(dlogp * logp + dlse * lse), from recomputed logits. 3 U."""
-    blocks = _Blocks(x_NH, w_VH, head)
-    grads = _Gradients(x_NH, blocks, needs)
+    blocks = Blocks(x_NH, w_VH, head)
+    grads = Gradients(x_NH, blocks, needs)
     dlogp_N, dlse_N = dlogp_N.to(blocks.acc), dlse_N.to(blocks.acc)
     # d logp / dz = onehot - p and d lse / dz = p: a factor of p, and the target's own column
     other_N = dlse_N - dlogp_N
@@ -111,13 +111,14 @@ def backward(
 
 
 @dataclass
-class _Statistics:
+class Statistics:
     """Of a block's logits, one number a token; sums are of exp(z - max)."""
 
     max_B: Tensor
     sum_B: Tensor
     target_B: Tensor  # the target's logit
     moment_B: Tensor  # sum of (z - max) exp(z - max); 0 if not asked for
+    kept_B: Tensor  # sum of what is kept; 0 if nothing is
 
     @property
     def logp_B(self) -> Tensor:
@@ -126,7 +127,7 @@ class _Statistics:
         return (self.target_B - self.max_B) - self.sum_B.log()
 
 
-class _Blocks:
+class Blocks:
     """Iterates over (t, x_nH, x_BH): the slice of padded tokens, those that are real, and all B."""
 
     def __init__(self, x_NH: Tensor, w_VH: Tensor, head: Head) -> None:
@@ -182,44 +183,61 @@ class _Blocks:
             out_RB.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
         return out_RB
 
+    def slope(self, f_RB: Tensor) -> Tensor | None:
+        """The cap's derivative at its own values; None for 1."""
+        cap = self.head.softcap
+        return None if cap is None else 1.0 - (f_RB / cap) ** 2
+
     def statistics(
-        self, groups: Iterator[tuple[slice, Tensor]], y_B: Tensor, *, entropy: bool = False
-    ) -> _Statistics:
-        """In one pass over the logits, which stay as they are.
+        self,
+        groups: Iterator[tuple[slice, Tensor]],
+        y_B: Tensor,
+        *,
+        entropy: bool = False,
+        shifts: list[Tensor] | None = None,
+    ) -> Statistics:
+        """In one pass over the logits, which stay as they are; where `shifts` are asked for, a
+        group is left as exp(z - shift) slope, its shift, the maximum so far, appended.
 
         torch.softmax would be quicker, but on CPU its rows sum to 1 within 2e-5 only: a bias.
         """
         lowest = torch.finfo(self.acc).min  # not -inf, which a masked token may have: -inf - -inf
         max_B = torch.full_like(y_B, lowest, dtype=self.acc)
-        sum_B, target_B, moment_B = (torch.zeros_like(max_B) for _ in range(3))
+        sum_B, target_B, moment_B, kept_B = (torch.zeros_like(max_B) for _ in range(4))
         for rows, z_RB in groups:
             f_RB = self.shaped(z_RB, self.scratch_RB[: len(z_RB)], rows)
-            here_B, row_1B = _targets(y_B, rows)
+            here_B, row_1B = targets(y_B, rows)
             target_B = torch.where(here_B, f_RB.gather(0, row_1B)[0], target_B)
             old_B, max_B = max_B, torch.maximum(max_B, f_RB.amax(dim=0))
             shrink_B = (old_B - max_B).exp()
+            slope_RB = None if shifts is None else self.slope(f_RB)
             f_RB.sub_(max_B)
             if not entropy:
-                sum_B = sum_B * shrink_B + _exp_(f_RB).sum(dim=0)
+                sum_B = sum_B * shrink_B + exp_(f_RB).sum(dim=0)
+                if shifts is not None:
+                    shifts.append(max_B)
+                    z_RB.copy_(f_RB if slope_RB is None else f_RB.mul_(slope_RB))
+                    kept_B = sum_B if slope_RB is None else kept_B * shrink_B + f_RB.sum(dim=0)
                 continue
-            e_RB = _exp_(f_RB.clone())
+            e_RB = exp_(f_RB.clone())
             if self.bias_V is not None:  # -inf masks a token: 0 * -inf
                 f_RB.clamp_(min=lowest)
             moment_B = (moment_B + (old_B - max_B).clamp(min=lowest) * sum_B) * shrink_B
             moment_B += f_RB.mul_(e_RB).sum(dim=0)
             sum_B = sum_B * shrink_B + e_RB.sum(dim=0)
-        return _Statistics(max_B, sum_B, target_B, moment_B)
+        return Statistics(max_B, sum_B, target_B, moment_B, kept_B)
 
 
-class _Gradients:
+class Gradients:
     """dX, dW, db as blocks add to them: sums in the accumulator's dtype, rounded once."""
 
-    def __init__(self, x_NH: Tensor, blocks: _Blocks, needs: tuple[bool, bool, bool]) -> None:
+    def __init__(self, x_NH: Tensor, blocks: Blocks, needs: tuple[bool, bool, bool]) -> None:
         x, w, bias = needs
         self.blocks, acc, w_VH = blocks, blocks.acc, blocks.w_VH
         self.dx_NH = torch.empty_like(x_NH) if x else None
         new = torch.empty_like if len(x_NH) else torch.zeros_like  # the first block overwrites
         self.dw_VH = new(w_VH, dtype=acc) if w else None
+        self.is_first = True
         self.db_V = w_VH.new_zeros(len(w_VH), dtype=acc) if bias else None
 
     def add(
@@ -235,32 +253,35 @@ class _Gradients:
         """Turns a block's logits into the gradient at them, exp(z - shift) * other except for the
         target's own, and adds what it means for x, w and bias."""
         self._differentiate(z_VB, y_B, shift_B, other_B, target_B)
-        n = len(x_nH)
-        g_Vn = z_VB[:, :n]
+        self.multiply(start, x_nH, z_VB)
+
+    def multiply(self, start: int, x_nH: Tensor, g_VB: Tensor) -> None:
+        n, is_first, self.is_first = len(x_nH), self.is_first, False
+        g_Vn = g_VB[:, :n]
         if self.dx_NH is not None:
             torch.mm(g_Vn.T, self.blocks.w_VH, out=self.dx_NH[start : start + n])
         if self.dw_VH is None:
             return
         if self.dw_VH.dtype == g_Vn.dtype:
-            self.dw_VH.addmm_(g_Vn, x_nH, beta=float(start > 0))
+            self.dw_VH.addmm_(g_Vn, x_nH, beta=float(not is_first))
             return
         for dw_RH, g_Rn in zip(self.dw_VH.split(DW_ROWS), g_Vn.split(DW_ROWS), strict=True):
-            if start:
-                dw_RH += g_Rn @ x_nH
-            else:
+            if is_first:
                 dw_RH.copy_(g_Rn @ x_nH)
+            else:
+                dw_RH += g_Rn @ x_nH
 
     def _differentiate(self, z_VB, y_B, shift_B, other_B, target_B) -> None:
         blocks, head = self.blocks, self.blocks.head
         for rows, z_RB in blocks.groups(z_VB):
             in_place = z_RB.dtype == blocks.acc
             g_RB = blocks.shaped(z_RB, z_RB if in_place else blocks.scratch_RB[: len(z_RB)], rows)
-            chain_RB = None if head.softcap is None else 1.0 - (g_RB / head.softcap) ** 2
-            _exp_(g_RB.sub_(shift_B)).mul_(other_B)
-            here_B, row_1B = _targets(y_B, rows)
+            slope_RB = blocks.slope(g_RB)
+            exp_(g_RB.sub_(shift_B)).mul_(other_B)
+            here_B, row_1B = targets(y_B, rows)
             g_RB.scatter_(0, row_1B, torch.where(here_B, target_B, g_RB.gather(0, row_1B)[0])[None])
-            if chain_RB is not None:
-                g_RB.mul_(chain_RB)
+            if slope_RB is not None:
+                g_RB.mul_(slope_RB)
             if self.db_V is not None:
                 self.db_V[rows] += g_RB.sum(dim=1)
             if head.logit_scale != 1.0:
@@ -274,13 +295,13 @@ class _Gradients:
         return self.dx_NH, dw_VH, self.db_V
 
 
-def _exp_(v_RB: Tensor) -> Tensor:
+def exp_(v_RB: Tensor) -> Tensor:
     """exp in place, through exp2: a third of torch.exp's time on CPU. Its argument's rounding is an
     error of |v| 2^-24 relative to exp(v): none where exp(v) matters."""
     return v_RB.mul_(LOG2_E).exp2_()
 
 
-def _targets(y_B: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+def targets(y_B: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     """(whose target is among `rows`, its place there [1, B], any place where it is not)."""
     place_B = y_B - rows.start
     here_B = (place_B >= 0) & (y_B < rows.stop)

@@ -9,6 +9,8 @@ each as one opaque node with known shapes:
     logprobs_backward   3 U   gradients from recomputed logits; the coefficients arrive in backward
     weighted            3 U   logp, and the gradients of sum(weight * logp) at once
 
+With a tolerance the latter two take `fast.py`'s one function instead, and report what it left out.
+
 Ignored tokens leave before any matmul. How many stay is data, so on a GPU each operator waits for
 the device once, unless the caller knows it (`num_valid`); nothing else here does. Out-of-range
 targets raise on CPU and trip a device-side assertion on a GPU.
@@ -16,6 +18,7 @@ targets raise on CPU and trip a device-side assertion on a GPU.
 
 import importlib
 import importlib.util
+import math
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -24,7 +27,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from redi_kernels import reference
+from redi_kernels import fast, reference
 from redi_kernels.head import Head, accumulator
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -39,6 +42,21 @@ class LogProbs:
     lse_T: Tensor  # log-sum-exp of the logits; differentiable, for a z-loss
     entropy_T: Tensor  # of the predicted distribution, in nats; detached
     correct_T: Tensor  # bool: no logit exceeds the target's
+    fast: "Fast | None" = None  # with a tolerance; filled in by the backward
+
+
+@dataclass(frozen=True)
+class Fast:
+    """What fast mode left out of the gradients. Zeros where no gradient was asked for (yet)."""
+
+    dropped_T: Tensor  # probability mass outside each token's active rows, put back approximately
+    active: Tensor  # share of d(logits) computed exactly, as counted
+    error: Tensor  # estimate, from above, of dX's RMS error relative to dX
+
+    @classmethod
+    def empty(cls, x_TH: Tensor) -> "Fast":
+        dropped_T = x_TH.new_zeros(len(x_TH), dtype=accumulator(x_TH.dtype))
+        return cls(dropped_T, dropped_T.new_zeros(()), dropped_T.new_zeros(()))
 
 
 @dataclass(frozen=True)
@@ -73,7 +91,8 @@ def token_logprobs(
         ignore_index: tokens with this target cost no matmul and get exactly zero gradient.
         num_valid: how many targets are not `ignore_index`, where the host knows: then nothing waits
             for the GPU. A wrong number raises as a wrong target does.
-        tolerance: 0, exact. Nothing else is implemented yet.
+        tolerance: 0 is exact. Above, gradients may have this many times the RMS error that rounding
+            d(logits) to bf16 costs, and cost less: docs/fast-mode.md. CPU backend only.
         backend: None picks triton on CUDA, blocked torch ("cpu") elsewhere; "reference" is the
             textbook with full logits.
 
@@ -86,13 +105,15 @@ def token_logprobs(
     if options.backend == "reference":
         head = Head(bias, softcap, logit_scale)
         return LogProbs(*reference.token_logprobs(x_TH, w_VH, y_T, head, ignore_index=ignore_index))
-    return LogProbs(*_TokenLogProbs.apply(x_TH, w_VH, bias, y_T, options))
+    fast = Fast.empty(x_TH) if tolerance else None
+    return LogProbs(*_TokenLogProbs.apply(x_TH, w_VH, bias, y_T, options, fast), fast)
 
 
 def weighted_logprobs(
     x_TH: Tensor, w_VH: Tensor, y_T: Tensor, weight_T: Tensor, bias: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """(sum(weight * logp), logp_T detached): the fused path, for weights known before the forward.
+) -> tuple[Tensor, Tensor, Fast | None]:
+    """(sum(weight * logp), logp_T detached, what fast mode left out): the fused path, for weights
+    known before the forward.
 
     `weight_T` [T] is a constant: it gets no gradient. 3 U in the forward where a gradient is
     needed, 1 U where none is; the backward multiplies by one scalar.
@@ -106,10 +127,11 @@ def weighted_logprobs(
         logp_T = reference.token_logprobs(x_TH, w_VH, y_T, head, ignore_index=checked.ignore_index)[
             0
         ]
-        return (weight_T * logp_T).sum(), logp_T.detach()
+        return (weight_T * logp_T).sum(), logp_T.detach(), None
     grad = torch.is_grad_enabled()
     needs = tuple(grad and t is not None and t.requires_grad for t in (x_TH, w_VH, bias))
-    return _WeightedSum.apply(x_TH, w_VH, bias, y_T, weight_T, checked, needs)
+    total, logp_T, *fast = _WeightedSum.apply(x_TH, w_VH, bias, y_T, weight_T, checked, needs)
+    return total, logp_T, Fast(*fast) if checked.tolerance else None
 
 
 def sequence_logprobs(
@@ -149,14 +171,17 @@ class Options:
     logit_scale: float
     ignore_index: int
     num_valid: int | None
+    tolerance: float
     backend: str
     dtype: torch.dtype
 
     def cast(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.to(self.dtype) for t in tensors)
 
-    def args(self) -> tuple[float | None, float, int, int | None, str]:
-        return self.softcap, self.logit_scale, self.ignore_index, self.num_valid, self.backend
+    def args(self) -> tuple[Any, ...]:
+        """As _HEAD has them, after the bias."""
+        head = self.softcap, self.logit_scale, self.ignore_index, self.num_valid
+        return *head, self.tolerance, self.backend
 
 
 def check(
@@ -197,17 +222,25 @@ def check(
         raise ValueError(f"softcap must be above 0, not {softcap}")
     if num_valid is not None and not 0 <= num_valid <= len(y_T):
         raise ValueError(f"num_valid must be in [0, {len(y_T)}], not {num_valid}")
-    if tolerance != 0:
-        raise ValueError(f"tolerance={tolerance}: only 0 (exact) exists so far")
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {BACKENDS}, not {backend!r}")
+    backend = backend or ("triton" if _has_kernels(x_TH) else "cpu")
+    dtype = _compute_dtype(x_TH, w_VH)
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance must be 0 (exact) or above, not {tolerance}")
+    if tolerance and (backend != "cpu" or dtype == torch.float16):
+        raise ValueError(
+            f'tolerance={tolerance}: fast mode is for backend="cpu" and not for fp16 (this call: '
+            f"{backend}, {dtype}); use tolerance=0"
+        )
     return Options(
         None if softcap is None else float(softcap),
         float(logit_scale),
         ignore_index,
         num_valid,
-        backend or ("triton" if _has_kernels(x_TH) else "cpu"),
-        _compute_dtype(x_TH, w_VH),
+        float(tolerance),
+        backend,
+        dtype,
     )
 
 
@@ -261,13 +294,19 @@ def require(condition: Tensor, message: str) -> None:
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TH: Tensor, w_VH: Tensor, bias: Tensor | None, y_T: Tensor, options: Options
+        ctx: Any,
+        x_TH: Tensor,
+        w_VH: Tensor,
+        bias: Tensor | None,
+        y_T: Tensor,
+        options: Options,
+        fast: Fast | None,
     ) -> tuple[Tensor, ...]:
         out = torch.ops.redi_kernels.logprobs(x_TH, w_VH, y_T, bias, *options.args())
         logp_T, lse_T, entropy_T, correct_T = out
         ctx.save_for_backward(x_TH, w_VH, bias, y_T, logp_T, lse_T)
         ctx.mark_non_differentiable(entropy_T, correct_T)
-        ctx.options = options
+        ctx.options, ctx.fast = options, fast
         return out
 
     @staticmethod
@@ -275,10 +314,14 @@ class _TokenLogProbs(torch.autograd.Function):
         _refuse_double_backward()
         x_TH, w_VH, bias, y_T, logp_T, lse_T = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        grads = torch.ops.redi_kernels.logprobs_backward(
+        *grads, dropped_T, active, error = torch.ops.redi_kernels.logprobs_backward(
             x_TH, w_VH, y_T, logp_T, lse_T, dlogp_T, dlse_T, bias, *ctx.options.args(), *needs
         )
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+        if ctx.fast is not None:
+            ctx.fast.dropped_T.copy_(dropped_T)
+            ctx.fast.active.copy_(active)
+            ctx.fast.error.copy_(error)
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 3
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -292,17 +335,17 @@ class _WeightedSum(torch.autograd.Function):
         weight_T: Tensor,
         options: Options,
         needs: tuple[bool, bool, bool],
-    ) -> tuple[Tensor, Tensor]:
-        total, logp_T, *grads = torch.ops.redi_kernels.weighted(
+    ) -> tuple[Tensor, ...]:
+        total, logp_T, *rest = torch.ops.redi_kernels.weighted(
             x_TH, w_VH, y_T, weight_T, bias, *options.args(), *needs
         )
-        ctx.save_for_backward(*grads)
-        ctx.mark_non_differentiable(logp_T)
+        ctx.save_for_backward(*rest[:3])
+        ctx.mark_non_differentiable(logp_T, *rest[3:])
         ctx.needs = needs
-        return total, logp_T
+        return total, logp_T, *rest[3:]
 
     @staticmethod
-    def backward(ctx: Any, dtotal: Tensor, _: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dtotal: Tensor, *_: Tensor) -> tuple[Any, ...]:
         _refuse_double_backward()
         grads = zip(ctx.saved_tensors, ctx.needs, strict=True)
         return *(_scaled(g, dtotal) if need else None for g, need in grads), *[None] * 4
@@ -334,7 +377,7 @@ def _refuse_double_backward() -> None:
 
 _HEAD = (
     "Tensor? bias, float? softcap, float logit_scale, int ignore_index, SymInt? num_valid, "
-    "str backend"
+    "float tolerance, str backend"
 )
 _NEEDS = "bool need_x, bool need_w, bool need_bias"
 
@@ -344,7 +387,7 @@ _NEEDS = "bool need_x, bool need_w, bool need_bias"
     mutates_args=(),
     schema=f"(Tensor x, Tensor w, Tensor y, {_HEAD}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _logprobs(x_TH, w_VH, y_T, bias, softcap, logit_scale, ignore_index, num_valid, backend):
+def _logprobs(x_TH, w_VH, y_T, bias, softcap, logit_scale, ignore_index, num_valid, _, backend):
     valid = _Valid(y_T, ignore_index, num_valid, len(w_VH))
     head = Head(bias, softcap, logit_scale)
     out = _load(backend).forward(valid.take(x_TH), w_VH, valid.y_N, head)
@@ -355,40 +398,50 @@ def _logprobs(x_TH, w_VH, y_T, bias, softcap, logit_scale, ignore_index, num_val
     "redi_kernels::logprobs_backward",
     mutates_args=(),
     schema="(Tensor x, Tensor w, Tensor y, Tensor logp, Tensor lse, Tensor dlogp, Tensor dlse, "
-    f"{_HEAD}, {_NEEDS}) -> (Tensor, Tensor, Tensor)",
+    f"{_HEAD}, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _logprobs_backward(
     x_TH, w_VH, y_T, logp_T, lse_T, dlogp_T, dlse_T, bias, softcap, logit_scale, ignore_index,
-    num_valid, backend, need_x, need_w, need_bias,
+    num_valid, tolerance, backend, need_x, need_w, need_bias,
 ):  # fmt: skip
     needs = (need_x, need_w, need_bias)
     valid = _Valid(y_T, ignore_index, num_valid, len(w_VH))
     head = Head(bias, softcap, logit_scale)
-    per_token = (valid.take(v_T) for v_T in (logp_T, lse_T, dlogp_T, dlse_T))
-    dx_NH, dw_VH, db_V = _load(backend).backward(
-        valid.take(x_TH), w_VH, valid.y_N, *per_token, head, needs
-    )
-    return _gradients(valid, x_TH, bias, dx_NH, dw_VH, db_V)
+    x_NH, dlogp_N, dlse_N = map(valid.take, (x_TH, dlogp_T, dlse_T))
+    if tolerance:
+        _, *grads, report = fast.gradients(
+            x_NH, w_VH, valid.y_N, dlogp_N, dlse_N, head, needs, tolerance
+        )
+        return *_gradients(valid, x_TH, bias, *grads), *_report(valid, logp_T, report)
+    stats = map(valid.take, (logp_T, lse_T))
+    grads = _load(backend).backward(x_NH, w_VH, valid.y_N, *stats, dlogp_N, dlse_N, head, needs)
+    return *_gradients(valid, x_TH, bias, *grads), *_report(valid, logp_T)
 
 
 @torch.library.custom_op(
     "redi_kernels::weighted",
     mutates_args=(),
     schema=f"(Tensor x, Tensor w, Tensor y, Tensor weight, {_HEAD}, {_NEEDS})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _weighted(
-    x_TH, w_VH, y_T, weight_T, bias, softcap, logit_scale, ignore_index, num_valid, backend,
-    need_x, need_w, need_bias,
+    x_TH, w_VH, y_T, weight_T, bias, softcap, logit_scale, ignore_index, num_valid, tolerance,
+    backend, need_x, need_w, need_bias,
 ):  # fmt: skip
     needs = (need_x, need_w, need_bias)
     valid = _Valid(y_T, ignore_index, num_valid, len(w_VH))
     head = Head(bias, softcap, logit_scale)
-    logp_N, *grads = _load(backend).weighted(
-        valid.take(x_TH), w_VH, valid.y_N, valid.take(weight_T), head, needs
-    )
+    x_NH, weight_N, report = valid.take(x_TH), valid.take(weight_T), None
+    if tolerance and any(needs):
+        zero_N = torch.zeros_like(weight_N)
+        logp_N, *grads, report = fast.gradients(
+            x_NH, w_VH, valid.y_N, weight_N, zero_N, head, needs, tolerance
+        )
+    else:
+        logp_N, *grads = _load(backend).weighted(x_NH, w_VH, valid.y_N, weight_N, head, needs)
     logp_T = valid.put(logp_N)
-    return (weight_T * logp_T).sum(), logp_T, *_gradients(valid, x_TH, bias, *grads)
+    grads = _gradients(valid, x_TH, bias, *grads)
+    return (weight_T * logp_T).sum(), logp_T, *grads, *_report(valid, logp_T, report)
 
 
 @_logprobs.register_fake
@@ -404,13 +457,20 @@ def _(x_TH, w_VH, y_T, *options):
 
 @_logprobs_backward.register_fake
 def _(x_TH, w_VH, *args):
-    return _fake_gradients(x_TH, w_VH, args[5], args[-3:])
+    grads = _fake_gradients(x_TH, w_VH, args[5], args[-3:])
+    return *grads, *_fake_report(args[1], tolerance=args[-5])
 
 
 @_weighted.register_fake
 def _(x_TH, w_VH, *args):
     logp_T = x_TH.new_empty(len(x_TH), dtype=accumulator(x_TH.dtype))
-    return logp_T.new_empty(()), logp_T, *_fake_gradients(x_TH, w_VH, args[2], args[-3:])
+    grads = _fake_gradients(x_TH, w_VH, args[2], args[-3:])
+    return logp_T.new_empty(()), logp_T, *grads, *_fake_report(logp_T, tolerance=args[-5])
+
+
+def _fake_report(logp_T, *, tolerance):
+    shape = len(logp_T) if tolerance else 0
+    return logp_T.new_empty(shape), logp_T.new_empty(()), logp_T.new_empty(())
 
 
 def _fake_gradients(x_TH, w_VH, bias, needs):
@@ -456,6 +516,13 @@ def _gradients(valid, x_TH, bias, dx_NH, dw_VH, db_V):
         x_TH.new_empty(0) if dw_VH is None else dw_VH,
         x_TH.new_empty(0) if db_V is None else db_V.to(bias.dtype),
     )
+
+
+def _report(valid, logp_T, report=None):
+    """(dropped_T, active, error): of fast mode; empty in exact mode, which drops nothing."""
+    if report is None:
+        return logp_T.new_zeros(0), logp_T.new_zeros(()), logp_T.new_zeros(())
+    return valid.put(report.dropped_N), report.active, report.error
 
 
 def _load(backend: str) -> ModuleType:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from redi_kernels.head import accumulator
 from redi_kernels.logprobs import (
+    Fast,
+    LogProbs,
     SequenceLogProbs,
     check_cu_seqlens,
     require,
@@ -29,6 +31,7 @@ class RediOutput:
     logps_S: Tensor  # sum of each sequence's log-probs; detached
     lengths_S: Tensor  # number of valid targets of each sequence, int64
     logp_T: Tensor  # of each token, 0 where ignored; detached
+    fast: Fast | None = None  # what fast mode left out, with a tolerance
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class SftOutput:
     logps_S: Tensor | None  # None when called without cu_seqlens
     lengths_S: Tensor | None
     logp_T: Tensor
+    fast: Fast | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class PreferenceOutput:
     lengths_S: Tensor
     margins: Tensor  # [S / 2]: what the sigmoid sees, per pair; detached
     logp_T: Tensor
+    fast: Fast | None = None  # filled in by the backward
 
 
 def redi_loss(
@@ -90,8 +95,8 @@ def redi_loss(
     lengths_S = segment_sum(valid_T.float(), cu_seqlens).long()
     weight_S = sign_S / lengths_S.clamp(min=1)
     weight_T = torch.repeat_interleave(weight_S, cu_seqlens.diff(), output_size=len(x_TH))
-    loss, logp_T = weighted_logprobs(x_TH, w_VH, y_T, weight_T, bias, **options)
-    return RediOutput(loss, segment_sum(logp_T, cu_seqlens), lengths_S, logp_T)
+    loss, logp_T, fast = weighted_logprobs(x_TH, w_VH, y_T, weight_T, bias, **options)
+    return RediOutput(loss, segment_sum(logp_T, cu_seqlens), lengths_S, logp_T, fast)
 
 
 def sft_loss(
@@ -112,12 +117,12 @@ def sft_loss(
     valid_T = y_T != options.get("ignore_index", -100)
     num_tokens = _count("num_tokens", num_tokens, valid_T)
     weight_T = -torch.ones_like(valid_T, dtype=accumulator(x_TH.dtype)) / num_tokens
-    loss, logp_T = weighted_logprobs(x_TH, w_VH, y_T, weight_T, bias, **options)
+    loss, logp_T, fast = weighted_logprobs(x_TH, w_VH, y_T, weight_T, bias, **options)
     if cu_seqlens is None:
-        return SftOutput(loss, None, None, logp_T)
+        return SftOutput(loss, None, None, logp_T, fast)
     ignore_index = options.get("ignore_index", -100)
     sequences = sequence_logprobs(logp_T, cu_seqlens, y_T, ignore_index=ignore_index)
-    return SftOutput(loss, sequences.sum_S, sequences.length_S, logp_T)
+    return SftOutput(loss, sequences.sum_S, sequences.length_S, logp_T, fast)
 
 
 def dpo_loss(
@@ -138,9 +143,9 @@ def dpo_loss(
     model's sums, from `sequence_logprobs(token_logprobs(...).logp_T, cu_seqlens).sum_S`.
     `num_pairs`: pairs in the whole optimizer step, this call's own by default.
     """
-    logp_T, sequences = _sequences(x_TH, w_VH, y_T, cu_seqlens, options)
+    out, sequences = _sequences(x_TH, w_VH, y_T, cu_seqlens, options)
     gap = _gap(sequences.sum_S - ref_logps_S, is_chosen_S)
-    return _preference(beta * gap, num_pairs, logp_T, sequences)
+    return _preference(beta * gap, num_pairs, out, sequences)
 
 
 def simpo_loss(
@@ -160,15 +165,15 @@ def simpo_loss(
     Pairs as in `dpo_loss`; no reference model. `gamma` is the target margin,
     `num_pairs` as in `dpo_loss`.
     """
-    logp_T, sequences = _sequences(x_TH, w_VH, y_T, cu_seqlens, options)
+    out, sequences = _sequences(x_TH, w_VH, y_T, cu_seqlens, options)
     margins = beta * _gap(sequences.mean_S, is_chosen_S) - gamma
-    return _preference(margins, num_pairs, logp_T, sequences)
+    return _preference(margins, num_pairs, out, sequences)
 
 
 def _sequences(x_TH, w_VH, y_T, cu_seqlens, options):
-    logp_T = token_logprobs(x_TH, w_VH, y_T, **options).logp_T
+    out = token_logprobs(x_TH, w_VH, y_T, **options)
     ignore_index = options.get("ignore_index", -100)
-    return logp_T, sequence_logprobs(logp_T, cu_seqlens, y_T, ignore_index=ignore_index)
+    return out, sequence_logprobs(out.logp_T, cu_seqlens, y_T, ignore_index=ignore_index)
 
 
 def _gap(score_S: Tensor, is_chosen_S: Tensor) -> Tensor:
@@ -182,12 +187,13 @@ def _gap(score_S: Tensor, is_chosen_S: Tensor) -> Tensor:
 
 
 def _preference(
-    margins: Tensor, num_pairs: int | Tensor | None, logp_T: Tensor, sequences: SequenceLogProbs
+    margins: Tensor, num_pairs: int | Tensor | None, out: LogProbs, sequences: SequenceLogProbs
 ) -> PreferenceOutput:
     num_pairs = _count("num_pairs", num_pairs, torch.ones_like(margins, dtype=torch.bool))
     loss = -F.logsigmoid(margins).sum() / num_pairs
     logps_S = sequences.sum_S.detach()
-    return PreferenceOutput(loss, logps_S, sequences.length_S, margins.detach(), logp_T.detach())
+    logp_T, lengths_S = out.logp_T.detach(), sequences.length_S
+    return PreferenceOutput(loss, logps_S, lengths_S, margins.detach(), logp_T, out.fast)
 
 
 def _count(name: str, given: int | Tensor | None, mask: Tensor) -> int | Tensor:

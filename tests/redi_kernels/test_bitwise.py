@@ -21,7 +21,7 @@ def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def logps(problem: Problem, rows: slice | torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         out = token_logprobs(problem.x_TH[rows], problem.w_VH, problem.y_T[rows])
-        _, fused_T = weighted_logprobs(
+        _, fused_T, _ = weighted_logprobs(
             problem.x_TH[rows], problem.w_VH, problem.y_T[rows], problem.dlogp_T[rows], None
         )
     assert torch.equal(out.logp_T, fused_T)
@@ -104,7 +104,7 @@ def test_powers_of_two_scale_exactly() -> None:
     def grads(factor: float) -> tuple[torch.Tensor, ...]:
         x_TH, w_VH = (t.clone().requires_grad_() for t in (problem.x_TH, problem.w_VH))
         weights = factor * problem.dlogp_T
-        total, _ = weighted_logprobs(x_TH, w_VH, problem.y_T, weights, None)
+        total, *_ = weighted_logprobs(x_TH, w_VH, problem.y_T, weights, None)
         return torch.autograd.grad(total, (x_TH, w_VH))
 
     for a, b, c in zip(grads(1.0), grads(2.0), grads(-0.25), strict=True):

@@ -39,7 +39,7 @@ def primitive(problem: Problem, **kwargs) -> Result:
 def fused(problem: Problem, **kwargs) -> Result:
     """The fused path makes no lse: the truth's stands in."""
     x_TH, w_VH, bias = leaves(problem)
-    total, logp_T = weighted_logprobs(
+    total, logp_T, _ = weighted_logprobs(
         x_TH, w_VH, problem.y_T, problem.dlogp_T, bias, **options(problem), **kwargs
     )
     total.backward()
@@ -146,7 +146,7 @@ def test_upstream_factor_is_not_rounded_to_bf16(factor: float) -> None:
     """A factor rounded first would bend every element by the same 0.2%: bias, not noise."""
     problem = make_problem(300, 200, 64, torch.bfloat16)
     x_TH, w_VH, _ = leaves(problem)
-    total, _ = weighted_logprobs(x_TH, w_VH, problem.y_T, problem.dlogp_T, None)
+    total, *_ = weighted_logprobs(x_TH, w_VH, problem.y_T, problem.dlogp_T, None)
     one = torch.autograd.grad(total, (x_TH, w_VH), retain_graph=True)
     scaled = torch.autograd.grad(total, (x_TH, w_VH), torch.tensor(factor))
     for a, b in zip(one, scaled, strict=True):

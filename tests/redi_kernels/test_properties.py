@@ -44,7 +44,7 @@ def test_the_fused_path_matches_the_primitive(problem: Problem) -> None:
     """Not only to rounding: logp bit for bit."""
     x_TH, w_VH, bias = leaves(problem)
     options = {"softcap": problem.head.softcap, "logit_scale": problem.head.logit_scale}
-    _, logp_T = weighted_logprobs(x_TH, w_VH, problem.y_T, problem.dlogp_T, bias, **options)
+    _, logp_T, _ = weighted_logprobs(x_TH, w_VH, problem.y_T, problem.dlogp_T, bias, **options)
     assert torch.equal(logp_T, run_primitive(problem).logp_T)
 
 

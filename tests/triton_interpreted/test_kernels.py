@@ -284,7 +284,7 @@ def test_public_api():
         for backend in ("triton", "reference"):
             leaves = [t.clone().requires_grad_() for t in (x_TH, w_VH)]
             out = token_logprobs(*leaves, y, backend=backend)
-            total, logp_T = weighted_logprobs(*leaves, y, weight_T, None, backend=backend)
+            total, logp_T, _ = weighted_logprobs(*leaves, y, weight_T, None, backend=backend)
             (3.0 * total + (out.logp_T * weight_T).sum() + out.lse_T.square().sum()).backward()
             grads[backend] = (out.logp_T.detach(), logp_T, *(leaf.grad for leaf in leaves))
         for a, b in zip(grads["triton"], grads["reference"], strict=True):

@@ -1,0 +1,207 @@
+"""What fast mode leaves out and puts back, against fp64: docs/fast-mode.md quotes these tables.
+
+    python bench/fast_frontier.py FILE.pt... --plot docs/fast-mode.png
+
+FILEs are bench/activations.py's; the first --tokens of each, rounded to bf16. Weights are REDI's
+(alpha 0.8) where a file has right and wrong sequences, else those of a mean NLL. Rows:
+
+    bf16         a dense implementation that rounds only d(logits) to bf16: the unit of the errors
+    CCE's filter 128 x 128 tiles of d(logits) are skipped where no element exceeds 2^-12 (its bf16)
+    threshold    rows of 256 tokens with no |weight / RMS| p above it are dropped, and put back by
+                 nothing / evenly / by share (rank 1 per sign) / share for dX and K moments for dW
+    tolerance    redi_kernels itself, in fp32
+
+f: share computed. cost: 1 + 2f (+ K/H) in U, logits kept, as the fused path does. dX, dW: RMS error
+over bf16's. bias: error of dX summed over tokens, over bf16's. max: largest error over RMS. Adam:
+share of coordinates whose first step keeps its sign, for target rows, other rows that are active
+in some block, and rows that never are; cos: median cosine of the last kind's dW rows.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from redi_kernels import fast
+from redi_kernels.logprobs import weighted_logprobs
+from torch import Tensor
+
+BLOCK = 256
+Gradients = tuple[Tensor, Tensor]
+
+
+class Truth:
+    """One file's gradients, and how far others are from them."""
+
+    def __init__(self, path: Path, tokens: int) -> None:
+        made = torch.load(path)
+        self.source = made["source"]
+        self.x, self.y = made["x_TH"][:tokens].bfloat16().float(), made["y_T"][:tokens]
+        self.w = made["w_VH"].bfloat16().float()
+        T = len(self.y)
+        self.weight = -torch.ones(T) / T
+        right_S = made.get("is_chosen_S", torch.tensor([True]))
+        if not right_S.all():
+            self.source += ", signed weights"
+            length_S = made["cu_seqlens"].clamp(max=T).diff()
+            sign_S = torch.where(right_S, -1 / right_S.sum(), 0.8 / (~right_S).sum())
+            self.weight = (sign_S / length_S.clamp(min=1)).repeat_interleave(length_S)
+        z_TV = self.x.double() @ self.w.double().T
+        p_TV = z_TV.softmax(dim=1)
+        rows = torch.arange(T)
+        self.nll = -p_TV[rows, self.y].log().mean().item()
+        g_TV = p_TV * -self.weight[:, None]
+        g_TV[rows, self.y] += self.weight
+        self.dx, self.dw = (g_TV @ self.w.double()).float(), (g_TV.T @ self.x.double()).float()
+        self.p, self.g = p_TV.float(), g_TV.float()
+        self.is_target = torch.zeros(len(self.w), dtype=torch.bool)
+        self.is_target[self.y] = True
+        self.unit = self.errors(self.dense(self.g.bfloat16().float()))
+
+    def dense(self, g_TV: Tensor) -> Gradients:
+        return g_TV @ self.w, g_TV.T @ self.x
+
+    def errors(self, got: Gradients) -> tuple[float, float, float]:
+        error = got[0] - self.dx
+        bias = error.double().sum(0).norm() / self.dx.double().sum(0).norm()
+        dx, dw = error.norm() / self.dx.norm(), (got[1] - self.dw).norm() / self.dw.norm()
+        return float(dx), float(dw), float(bias)
+
+    def row(self, name: str, f: float, cost: float, got: Gradients, never_V: Tensor) -> str:
+        dx, dw, bias = (e / u for e, u in zip(self.errors(got), self.unit, strict=True))
+        largest = (got[0] - self.dx).abs().max() / self.dx.square().mean().sqrt()
+        classes = (self.is_target, ~self.is_target & ~never_V, never_V)
+        adam = [_agreement(got[1][rows], self.dw[rows]) for rows in classes]
+        cosine = F.cosine_similarity(got[1][never_V], self.dw[never_V], dim=1)
+        cos = f"{cosine.median():.3f}" if never_V.any() else "-"
+        zero = float((got[1] == 0).all(dim=1).float().mean())
+        return (
+            f"| {name} | {f:.3f} | {cost:.2f} | {dx:.2f} | {largest:.2f} | {bias:.3g} | {dw:.2f} "
+            f"| {adam[0]} | {adam[1]} | {adam[2]} | {cos} | {zero:.1%} |"
+        )
+
+
+def _agreement(got: Tensor, want: Tensor) -> str:
+    return f"{(got.sign() == want.sign()).float().mean():.1%}" if len(want) else "-"
+
+
+def filtered(truth: Truth) -> tuple[str, float, float, Gradients, Tensor]:
+    """CCE's: d(logits) unscaled by the weights, element maximum per tile."""
+    g_TV = truth.g / -truth.weight[:, None]
+    T, V = g_TV.shape
+    keep = g_TV.view(T // 128, 128, V // 128, 128).abs().amax(dim=(1, 3)) >= 2**-12
+    mask = keep.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    f = float(keep.float().mean())
+    got = truth.dense(truth.g * mask)
+    return "CCE's filter", f, 2 + 2 * f, got, ~mask.any(dim=0) & ~truth.is_target
+
+
+def thresholds(truth: Truth, exponents: list[int]) -> Iterator[tuple]:
+    T, V = truth.g.shape
+    H = truth.x.shape[1]
+    scale_T = (truth.weight.abs() / truth.weight.square().mean().sqrt())[:, None]
+    largest = (truth.p * scale_T).view(T // BLOCK, BLOCK, V).amax(dim=1)
+    for exponent in exponents:
+        active = largest >= 2.0**-exponent
+        active[torch.arange(T) // BLOCK, truth.y] = True
+        f, never_V = float(active.float().mean()), ~active.any(dim=0)
+        drop = ~active.repeat_interleave(BLOCK, 0)
+        tail = truth.g * drop
+        base = truth.dense(truth.g - tail)
+        lost_T = tail.sum(dim=1)
+        name = f"threshold 2^-{exponent}: "
+        yield name + "nothing", f, 1 + 2 * f, base, never_V
+        even_TV = drop * (lost_T / drop.sum(dim=1))[:, None]
+        yield name + "evenly", f, 1 + 2 * f, _add(base, truth.dense(even_TV)), never_V
+        dx, dw = (torch.zeros_like(t) for t in base)
+        for rows in (lost_T > 0, lost_T < 0):
+            if rows.any():
+                total_V = tail[rows].sum(dim=0)
+                dx[rows] = lost_T[rows, None] * (total_V / total_V.sum() @ truth.w)
+                dw += torch.outer(total_V, lost_T[rows] @ truth.x[rows] / lost_T[rows].sum())
+        yield name + "share", f, 1 + 2 * f, _add(base, (dx, dw)), never_V
+        for k in (8, 32, 64, 128):
+            fast.MOMENTS = k
+            basis_HK = fast._basis(truth.x, truth.weight)
+            dw = (tail.T @ (truth.x @ basis_HK)) @ basis_HK.T
+            yield name + f"{k} moments", f, 1 + 2 * f + k / H, _add(base, (dx, dw)), never_V
+        fast.MOMENTS = 32
+
+
+def _add(a: Gradients, b: Gradients) -> Gradients:
+    return a[0] + b[0], a[1] + b[1]
+
+
+def library(truth: Truth, tolerance: float) -> tuple[tuple, str]:
+    seen: list[Tensor] = []
+    active = fast._Sparse._active
+    fast._Sparse._active = lambda *args: (seen.append(args[4]), active(*args))[1]
+    x, w = (t.clone().requires_grad_() for t in (truth.x, truth.w))
+    total, _, report = weighted_logprobs(x, w, truth.y, truth.weight, None, tolerance=tolerance)
+    fast._Sparse._active = active
+    total.backward()
+    never_V = torch.ones(len(w), dtype=torch.bool)
+    never_V[torch.cat([*seen, truth.y])] = False
+    f = float(report.active)
+    got = x.grad, w.grad
+    says = (
+        f"tolerance {tolerance:g}: dX's error {truth.errors(got)[0]:.2e}, the estimate says "
+        f"{float(report.error):.2e}; mean dropped mass {float(report.dropped_T.mean()):.1e}"
+    )
+    cost = 1 + 2 * f + fast.MOMENTS / truth.x.shape[1]
+    return (f"**tolerance {tolerance:g}**", f, cost, got, never_V), says
+
+
+HEADER = """
+| {source}, {nll:.2f} nats | f | cost / U | dX | max | bias | dW | Adam: targets | active | never | cos | zero rows |
+| :--- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--exponents", type=int, nargs="*", default=[12, 14, 16, 18])
+    parser.add_argument("--tolerances", type=float, nargs="*", default=[0.5, 1, 2, 4, 8])
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    points: dict[str, list[tuple[float, float]]] = {}
+    for path in args.files:
+        truth = Truth(path, args.tokens)
+        print(HEADER.format(source=truth.source, nll=truth.nll))
+        none_V = torch.zeros(len(truth.w), dtype=torch.bool)
+        print(truth.row("bf16", 1, 3, truth.dense(truth.g.bfloat16().float()), none_V))
+        print(truth.row(*filtered(truth)), flush=True)
+        for form in thresholds(truth, args.exponents):
+            print(truth.row(*form), flush=True)
+            label = form[0].partition(": ")[2] + " put back"
+            points.setdefault(label, []).append((form[2], truth.errors(form[3])[0]))
+        remarks = []
+        for tolerance in args.tolerances:
+            form, says = library(truth, tolerance)
+            print(truth.row(*form), flush=True)
+            remarks.append(says)
+            points.setdefault(truth.source, []).append((form[2], truth.errors(form[3])[0]))
+        dx, dw, bias = truth.unit
+        print(f"\nbf16: dX {dx:.1e}, dW {dw:.1e}, bias {bias:.1e}. " + ". ".join(remarks) + ".")
+    if args.plot:
+        plot(points, args.plot)
+
+
+def plot(points: dict[str, list[tuple[float, float]]], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for label, line in points.items():
+        if "put back" not in label:
+            axes.plot(*zip(*sorted(line), strict=True), "o-", label=label)
+    axes.axhline(1.6e-3, color="gray", linestyle=":", label="d(logits) rounded to bf16 (3 U)")
+    axes.set(xlabel="cost in U (exact: 3)", ylabel="RMS error of dX", yscale="log")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

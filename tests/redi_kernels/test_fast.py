@@ -1,0 +1,238 @@
+"""Fast mode against the truth: its error, what it says of it, and each stand-in by itself."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from gradcheck_tools import Problem, Result, errors, make_problem, textbook
+from redi_kernels import cpu, dpo_loss, fast, sft_loss, token_logprobs
+from redi_kernels.logprobs import Fast, weighted_logprobs
+from torch import Tensor
+
+ROUNDING = 2**-9  # of d(logits) to bf16, at most: its RMS is about 0.8 of it
+
+
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small vocabulary would otherwise get blocks so long that every row is active in each."""
+    monkeypatch.setattr(cpu, "BLOCK_TOKENS", (16, 64))
+    monkeypatch.setattr(cpu, "GROUP_BYTES", 512 * 64 * 4)
+    monkeypatch.setattr(fast, "ROWS", 100)
+
+
+def text(dtype: torch.dtype = torch.float32, **options) -> Problem:
+    """As a model sees it: frequent and rare tokens, states that share directions, likely targets,
+    and REDI's kinds of weights."""
+    T, V, H = 400, 3000, 96
+    problem = make_problem(T, V, H, dtype, ignored=0.0, **options)
+    g = torch.Generator().manual_seed(1)
+    y_T = (V ** torch.rand(T, generator=g)).long() - 1
+    w_VH = problem.w_VH.float()
+    topics = torch.randn(12, H, generator=g) * 0.25
+    x_TH = topics[torch.randint(12, (T,), generator=g)] + 0.05 * torch.randn(T, H, generator=g)
+    x_TH += (0.06 + 0.08 * torch.rand(T, 1, generator=g)) * w_VH[y_T]
+    w_VH[:, 0], x_TH[:, 0] = -1.5 * torch.arange(1, V + 1).log(), 1.0
+    y_T[torch.rand(T, generator=g) < 0.2] = -100
+    for t, value in ((problem.x_TH, x_TH), (problem.w_VH, w_VH), (problem.y_T, y_T)):
+        t.copy_(value)
+    return problem
+
+
+def fused(problem: Problem, tolerance: float) -> tuple[Result, Fast | None]:
+    tensors = (problem.x_TH, problem.w_VH, problem.head.bias_V)
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
+    options = {"softcap": problem.head.softcap, "logit_scale": problem.head.logit_scale}
+    total, logp_T, report = weighted_logprobs(
+        *leaves[:2], problem.y_T, problem.dlogp_T, leaves[2], tolerance=tolerance, **options
+    )
+    total.backward()
+    db_V = None if leaves[2] is None else leaves[2].grad
+    return Result(logp_T, torch.empty(0), leaves[0].grad, leaves[1].grad, db_V), report
+
+
+def never_active(problem: Problem, tolerance: float) -> Tensor:
+    """Rows in no block's active list: those that only the stand-in for dW reaches."""
+    seen: list[Tensor] = []
+    active = fast._Sparse._active
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            fast._Sparse, "_active", lambda *a: (seen.append(a[4].clone()), active(*a))[1]
+        )
+        fused(problem, tolerance)
+    mask_V = torch.ones(len(problem.w_VH), dtype=torch.bool)
+    mask_V[torch.cat(seen)] = False
+    return mask_V
+
+
+def complaints(problem: Problem, tolerance: float, never_V: Tensor) -> list[str]:
+    """What fast mode promises, held against the truth."""
+    truth, exact = textbook(problem.double()), fused(problem, 0)[0]
+    got, report = fused(problem, tolerance)
+    found = []
+    for name in ("dx_TH", "dw_VH"):
+        mine, dense = (errors(getattr(r, name), getattr(truth, name)) for r in (got, exact))
+        if not mine.rms <= (dense.rms**2 + (tolerance * ROUNDING) ** 2) ** 0.5:
+            found.append(f"{name}: rms {mine.rms:.1e}, exact {dense.rms:.1e}")
+        if not mine.bias <= 1.5 * dense.bias + (1e-4 if name == "dx_TH" else 1e-2):
+            found.append(f"{name}: bias {mine.bias:.1e}, exact {dense.bias:.1e}")
+    tail = errors(got.dw_VH[never_V], truth.dw_VH[never_V])
+    if not tail.cosine > 0.9:
+        found.append(f"dw of rows never active: cosine {tail.cosine:.2f}, rms {tail.rms:.2f}")
+    if got.db_V is not None and not errors(got.db_V, truth.db_V).rms < ROUNDING:
+        found.append("db")
+    if not torch.equal(got.logp_T, exact.logp_T):
+        found.append("logp is not the exact mode's")
+    assert 0 < report.active < 0.5, "nothing was left out: the test shows nothing"
+    return found
+
+
+HEADS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "all": {"bias": True, "softcap": 60.0, "logit_scale": 1.1},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("head", HEADS)
+def test_the_error_stays_within_the_tolerance(dtype: torch.dtype, head: str) -> None:
+    problem = text(dtype, **HEADS[head])
+    for tolerance in (1.0, 4.0):
+        found = complaints(problem, tolerance, never_active(problem, tolerance))
+        assert not found, (tolerance, found)
+
+
+FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "dW's stand-in missing": lambda patch: _moments(patch, 2, None, 0.0),
+    "dW's stand-in turned round": lambda patch: _moments(patch, 2, None, -1.0),
+    "dX's stand-in missing": lambda patch: _moments(patch, 0, 2, 0.0),
+    "a random basis": lambda patch: patch.setattr(fast, "BASIS_ROUNDS", 0),
+    "active rows put back too": lambda patch: patch.setattr(
+        Tensor, "index_fill_", lambda self, *_: self
+    ),
+    "too much dropped": lambda patch: patch.setattr(fast, "BUDGET", 8 * fast.BUDGET),
+}
+
+
+def _moments(patch: pytest.MonkeyPatch, first: int, last: int | None, factor: float) -> None:
+    result = fast._Sparse.result
+
+    def wrong(self):
+        self.moments_VK[:, first:last] *= factor
+        if last is not None:
+            self.dropped_P *= factor
+        return result(self)
+
+    patch.setattr(fast._Sparse, "result", wrong)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = text(bias=True)
+    never_V = never_active(problem, 4.0)
+    assert 0.5 < never_V.float().mean() < 0.95
+    FAULTS[fault](monkeypatch)
+    assert complaints(problem, 4.0, never_V)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_report_is_true(dtype: torch.dtype) -> None:
+    """The share is what was computed, the mass what lies outside, the error from above."""
+    problem = text(dtype)
+    counted, active = [], fast._Sparse._active
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast._Sparse, "_active", lambda *a: (counted.append(a), active(*a))[1])
+        got, report = fused(problem, 4.0)
+    valid_T = problem.y_T >= 0
+    x_NH = problem.x_TH[valid_T]
+    elements = sum(len(a[2]) * len(a[4]) for a in counted)
+    assert float(report.active) == pytest.approx(elements / (len(x_NH) * 3000), rel=1e-6)
+    z_NV = x_NH.double() @ problem.w_VH.double().T
+    inside = torch.zeros_like(z_NV, dtype=torch.bool)
+    for a in counted:
+        inside[a[1] : a[1] + len(a[2])].index_fill_(1, a[4], True)
+    outside_N = z_NV.softmax(dim=1).masked_fill(inside, 0).sum(dim=1)
+    rounding = 2**-9 if dtype == torch.bfloat16 else 1e-6
+    assert (report.dropped_T[valid_T] - outside_N).abs().max() < rounding
+    assert not report.dropped_T[~valid_T].any()
+    exact = fused(problem, 0)[0]
+    if dtype == torch.float32:
+        truth = errors(got.dx_TH, exact.dx_TH).rms
+        assert truth < report.error < 4 * truth
+
+
+def test_flat_text_is_done_exactly() -> None:
+    problem = make_problem(200, 300, 32, peak=0.3, bias=True)
+    (got, report), (exact, _) = fused(problem, 2.0), fused(problem, 0)
+    assert report.active == 1 and report.error == 0 and not report.dropped_T.any()
+    for name in ("dx_TH", "dw_VH", "db_V"):
+        assert errors(getattr(got, name), getattr(exact, name)).rms < 1e-6
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    problem = text(torch.bfloat16, bias=True)
+    (a, report_a), (b, report_b) = (fused(problem, 2.0) for _ in range(2))
+    for name in ("dx_TH", "dw_VH", "db_V"):
+        assert torch.equal(getattr(a, name), getattr(b, name))
+    assert torch.equal(report_a.dropped_T, report_b.dropped_T)
+
+
+def test_the_primitive_does_the_same_once_its_coefficients_arrive() -> None:
+    problem = text()
+    x_TH, w_VH = (t.clone().requires_grad_() for t in (problem.x_TH, problem.w_VH))
+    out = token_logprobs(x_TH, w_VH, problem.y_T, tolerance=2.0)
+    assert out.fast.active == 0 and not out.fast.dropped_T.any()
+    (out.logp_T * problem.dlogp_T).sum().backward()
+    want, report = fused(problem, 2.0)
+    assert torch.equal(x_TH.grad, want.dx_TH) and torch.equal(w_VH.grad, want.dw_VH)
+    assert out.fast.active == report.active and out.fast.error == report.error
+    assert torch.equal(out.fast.dropped_T, report.dropped_T)
+
+
+def test_z_loss_and_dpo() -> None:
+    problem = text(dlse=0.02)
+    grads = []
+    for tolerance in (0.0, 2.0):
+        x_TH, w_VH = (t.clone().requires_grad_() for t in (problem.x_TH, problem.w_VH))
+        out = token_logprobs(x_TH, w_VH, problem.y_T, tolerance=tolerance)
+        ((out.logp_T * problem.dlogp_T).sum() + (out.lse_T * problem.dlse_T).sum()).backward()
+        cu_seqlens, ref_S = torch.tensor([0, 90, 200, 310, 400]), torch.zeros(4)
+        chosen_S = torch.tensor([True, False, True, False])
+        dpo = dpo_loss(x_TH, w_VH, problem.y_T, cu_seqlens, chosen_S, ref_S, tolerance=tolerance)
+        grads.append([x_TH.grad, w_VH.grad, *torch.autograd.grad(dpo.loss, (x_TH, w_VH))])
+    assert 0 < dpo.fast.active < 0.5
+    for exact, got in zip(*grads, strict=True):
+        assert 0 < errors(got, exact).rms < 2 * ROUNDING
+
+
+def test_frozen_ignored_and_empty_inputs() -> None:
+    problem = text()
+    x_TH, w_VH, y_T = problem.x_TH, problem.w_VH, problem.y_T
+    both, _ = fused(problem, 2.0)
+    for frozen in (0, 1):
+        leaves = [t.clone().requires_grad_(i != frozen) for i, t in enumerate((x_TH, w_VH))]
+        weighted_logprobs(*leaves, y_T, problem.dlogp_T, None, tolerance=2.0)[0].backward()
+        assert leaves[frozen].grad is None
+        assert torch.equal(leaves[1 - frozen].grad, (both.dw_VH, both.dx_TH)[frozen])
+    assert not both.dx_TH[y_T < 0].any()
+    for n, y in ((0, y_T[:0]), (3, torch.full((3,), -100)), (1, torch.tensor([7]))):
+        leaves = [t.clone().requires_grad_() for t in (x_TH[:n], w_VH)]
+        out = sft_loss(*leaves, y, tolerance=2.0)
+        out.loss.backward()
+        exact = torch.autograd.grad(sft_loss(*leaves, y).loss, leaves)
+        for leaf, want in zip(leaves, exact, strict=True):
+            torch.testing.assert_close(leaf.grad, want, rtol=0, atol=2e-3 * float(want.norm()))
+    with torch.no_grad():
+        assert sft_loss(x_TH, w_VH, y_T, tolerance=2.0).fast.active == 0
+
+
+def test_compiled_equals_eager() -> None:
+    problem = text()
+    loss = lambda x, w: sft_loss(x, w, problem.y_T, num_tokens=300, tolerance=2.0).loss
+    grads = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [t.clone().requires_grad_() for t in (problem.x_TH, problem.w_VH)]
+        function(*leaves).backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for eager, compiled in zip(*grads, strict=True):
+        assert torch.equal(eager, compiled)
