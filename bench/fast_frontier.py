@@ -154,7 +154,8 @@ def library(truth: Truth, tolerance: float) -> tuple[tuple, str]:
 
 
 HEADER = """
-| {source}, {nll:.2f} nats | f | cost / U | dX | max | bias | dW | Adam: targets | active | never | cos | zero rows |
+| {source}, {nll:.2f} nats | f | cost / U | dX | max | bias | dW \
+| Adam: targets | active | never | cos | zero rows |
 | :--- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"""
 
 

@@ -8,7 +8,8 @@ rest of G, the tail, is put back by two cheap stand-ins. Exact dX and dW cost 2 
     K/H U  the tail's moments M_VK = G_tail [1+ 1- X Q]     K = 32, Q [H, K - 2]
 
 * dW's tail is G_tail X. X Q Q^T stands in for X, where Q spans the directions that hold most of X:
-  of 576, 30 hold 87% of it, and 97% of what the tail sees.
+  30 of SmolLM2's 576 hold 87% of its energy. Rows that are active in no block get dW within 11% of
+  the truth under SFT's weights, 25% under signed ones.
 * dX's tail is G_tail W. A token keeps the mass it lost, D_t = sum_v of its tail, and spends it on
   the mean row of W under the whole call's tail: sum_t dX_t, what a step sees, stays exact. Tokens
   pushed up and pushed down (1+ and 1-: signed weights) have a mean each.
@@ -17,7 +18,7 @@ rest of G, the tail, is put back by two cheap stand-ins. Exact dX and dW cost 2 
 The plan. s_v = sum_t |g_tv| over the block comes with M. Rows are dropped from the smallest s_v up,
 until sum s_v^2 has reached (budget |g_target|)^2: a bound on the energy that leaves G, in terms of
 the energy that is surely there. Measured on texts of 1.1 to 2.7 nats a token the error of dX is
-then 1.2 to 1.9 budgets, and budget = 2^-10.5 gives what rounding G to bf16 costs: tolerance 1.
+then 1.2 to 1.9 budgets at tolerance 1, where 2^-10.5 keeps it within what rounding G to bf16 costs.
 Targets are always active. A block with too many active rows is done exactly. Nothing outlives the
 call, so it does the same each time.
 
