@@ -105,8 +105,11 @@ def token_logprobs(
     if options.backend == "reference":
         head = Head(bias, softcap, logit_scale)
         return LogProbs(*reference.token_logprobs(x_TH, w_VH, y_T, head, ignore_index=ignore_index))
-    fast = Fast.empty(x_TH) if tolerance else None
-    return LogProbs(*_TokenLogProbs.apply(x_TH, w_VH, bias, y_T, options, fast), fast)
+    report = Fast.empty(x_TH) if tolerance else None
+    logp_T, lse_T, entropy_T, correct_T = _TokenLogProbs.apply(
+        x_TH, w_VH, bias, y_T, options, report
+    )
+    return LogProbs(logp_T, lse_T, entropy_T, correct_T, report)
 
 
 def weighted_logprobs(
