@@ -218,9 +218,9 @@ def test_frozen_parts_get_no_gradient_and_cost_nothing(batch, frozen, path, monk
 
     full = dict(zip(leaves, gradients(loss(), *leaves.values()), strict=True))
     seen = []
-    init = cpu._Gradients.__init__
+    init = cpu.Gradients.__init__
     monkeypatch.setattr(
-        cpu._Gradients, "__init__", lambda self, *a: (seen.append(a[-1]), init(self, *a))[1]
+        cpu.Gradients, "__init__", lambda self, *a: (seen.append(a[-1]), init(self, *a))[1]
     )
     leaves[frozen] = leaves[frozen].detach()
     rest = [name for name in leaves if name != frozen]
@@ -237,7 +237,7 @@ def test_no_grad_is_only_a_forward(batch, monkeypatch: pytest.MonkeyPatch) -> No
 
     x_TH, w_VH, y_T, cu = batch
     want = redi_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN)
-    monkeypatch.setattr(cpu._Gradients, "add", refuse)
+    monkeypatch.setattr(cpu.Gradients, "add", refuse)
     with torch.no_grad():
         got = redi_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN)
     assert torch.equal(got.loss, want.loss) and not got.loss.requires_grad
