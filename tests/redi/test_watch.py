@@ -261,13 +261,13 @@ def test_without_a_terminal_a_line_now_and_then():
 
 
 def test_ticker_tells_the_time_left_at_the_pace_since_its_first_call(monkeypatch, capsys):
-    now = 100.0
-    monkeypatch.setattr(monitor.time, "monotonic", lambda: now)
+    clock = [100.0]
+    monkeypatch.setattr(monitor.time, "monotonic", lambda: clock[0])
     tick = monitor.ticker("rows", every=10)
-    for now, count, share in ((150.0, 5000, 0.5), (155.0, 5100, 0.51), (170.0, 6000, 0.6)):
+    for clock[0], count, share in ((150.0, 5000, 0.5), (155.0, 5100, 0.51), (170.0, 6000, 0.6)):
         tick(count, share)
     assert capsys.readouterr().err == "rows  5,000  50%\nrows  6,000  60%  0:01:20 left\n"
     tick(6500)
-    now = 180.0
+    clock[0] = 180.0
     tick(7000)
     assert capsys.readouterr().err == "rows  7,000\n"
