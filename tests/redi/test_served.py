@@ -270,7 +270,8 @@ def test_a_server_that_never_recovers_loses_nothing(server, config, tmp_path):
     server.trouble = lambda attempt, body: None
     server.bodies.clear()
     resumed = evaluate("m", config, tmp_path / "out")
-    assert len(server.bodies) == 18 - len(kept)
+    # Distinct ones: the first evaluation's last retries may still be on their way.
+    assert len({repr(body) for body in server.bodies}) == 18 - len(kept)
     assert rows(tmp_path / "out")[: len(kept)] == kept
     assert resumed.metrics() == evaluate("m", config, tmp_path / "whole").metrics()
 
