@@ -51,8 +51,15 @@ setup(
     python_requires=">=3.10",
     # `kernels/` is a plain folder: as a package it would shadow the pip package of that name.
     package_dir={"redi": "redi", "redi_kernels": "kernels/redi_kernels"},
-    packages=["redi", "redi.data", "redi_kernels", "redi_kernels.triton"],
-    package_data={"redi": ["templates/*"]},
+    packages=[
+        "redi",
+        "redi.data",
+        "redi.evaluation",
+        "redi.pages",
+        "redi_kernels",
+        "redi_kernels.triton",
+    ],
+    package_data={"redi.pages": ["templates/*"]},
     install_requires=[
         "jinja2",
         "torch>=2.8",

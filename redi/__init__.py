@@ -15,7 +15,7 @@ from redi.errors import RediError
 if TYPE_CHECKING:
     from redi.config import DataConfig, EvalConfig, RunConfig, TrainConfig
     from redi.data.build import build
-    from redi.evaluate import evaluate
+    from redi.evaluation.evaluate import evaluate
     from redi.monitor import Callback
     from redi.run import run
     from redi.train import train
@@ -26,7 +26,7 @@ _HOME = {
     "RunConfig": "redi.config",
     "TrainConfig": "redi.config",
     "build": "redi.data.build",
-    "evaluate": "redi.evaluate",
+    "evaluate": "redi.evaluation.evaluate",
     "Callback": "redi.monitor",
     "run": "redi.run",
     "train": "redi.train",

@@ -118,9 +118,9 @@ def evaluate(
     config: ConfigFile = None,
 ) -> None:
     """Samples and grades answers: pass@1 with its error, pass@k, every sample kept."""
-    from redi.compare import benchmark_table
-    from redi.evaluate import evaluate as evaluate_model
-    from redi.evaluate import evaluate_benchmarks
+    from redi.evaluation.compare import benchmark_table
+    from redi.evaluation.evaluate import evaluate as evaluate_model
+    from redi.evaluation.evaluate import evaluate_benchmarks
     from redi.report import model_table, print_table
 
     settings = _config(EvalConfig, config, context.args)
@@ -141,7 +141,7 @@ def compare(
     output: Annotated[Path | None, typer.Option("--output", help="an HTML page as well")] = None,
 ) -> None:
     """Evaluated models side by side: scores, intervals, paired tests."""
-    from redi.compare import load_models, paired_table, score_table
+    from redi.evaluation.compare import load_models, paired_table, score_table
     from redi.report import print_table
 
     models = load_models(evaluations)
@@ -151,7 +151,7 @@ def compare(
     if tests is not None:
         print_table(tests)
     if output is not None:
-        from redi.compare_page import write_compare_page
+        from redi.pages.compare import write_compare_page
 
         page = write_compare_page(
             output, evaluations, models, baseline=baseline, published=published
@@ -167,7 +167,7 @@ def report(
     ] = None,
 ) -> None:
     """A run, finished or not, as one self-contained page."""
-    from redi.run_page import write_run_page
+    from redi.pages.run import write_run_page
 
     print(f"page: {write_run_page(run_dir, output)}")
 
@@ -184,7 +184,7 @@ def traces(
     ] = "change",
 ) -> None:
     """Right and wrong traces under two models, coloured by each token's change of log-prob."""
-    from redi.trace_page import write_trace_page
+    from redi.pages.traces import write_trace_page
 
     file = write_trace_page(
         before, after, dataset_name, output, num_problems=num_problems, sort=sort
@@ -200,7 +200,7 @@ def data_report(
     ] = None,
 ) -> None:
     """What `redi data build` did, as a page: counts, lengths, drops, sources, overlap."""
-    from redi.data_page import write_data_page
+    from redi.pages.data import write_data_page
 
     print(f"page: {write_data_page(data_dir, output)}")
 
@@ -216,7 +216,7 @@ def data_show(
     output: Annotated[Path | None, typer.Option("--output", help="an HTML page")] = None,
 ) -> None:
     """One row as training sees it: which tokens are masked, trained, the stop token."""
-    from redi.data_page import find_example, print_traces, shown_traces, write_show_page
+    from redi.pages.data import find_example, print_traces, shown_traces, write_show_page
 
     if row is not None and id is not None:
         raise RediError("--row and --id: give one of them")

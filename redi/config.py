@@ -153,7 +153,7 @@ class EvalConfig(Strict):
         None, description="rows with a problem (or prompt, question) and its answer"
     )
     benchmarks: list[str] | None = Field(
-        None, description="instead of dataset_name: names of redi/benchmarks.py, as math500,aime24"
+        None, description="instead of dataset_name: names of benchmarks, as math500,aime24"
     )
     data_dir: str | None = Field(
         None, description="folder with the benchmarks' files; default: from the Hub"
@@ -197,7 +197,7 @@ class EvalConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, content: Any) -> Any:
-        from redi.benchmarks import PAPER_EVAL
+        from redi.evaluation.benchmarks import PAPER_EVAL
 
         is_paper = isinstance(content, dict) and content.get("preset") == "paper"
         return PAPER_EVAL | content if is_paper else content

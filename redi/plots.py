@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from redi.errors import RediError
+from redi.evaluation.results import EvalResult, bootstrap
 from redi.files import publish
-from redi.results import EvalResult, bootstrap
 
 # Okabe and Ito's palette without its yellow: told apart by colour-blind readers and on white paper.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")

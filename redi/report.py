@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from redi.errors import RediError
+from redi.evaluation.results import EvalResult, Interval, paired_difference
 from redi.files import write_text
 from redi.monitor import read_metrics
 from redi.plots import MATPLOTLIB_HINT, can_draw, draw_curves, draw_scores
-from redi.results import EvalResult, Interval, paired_difference
 
 
 @dataclass(frozen=True)

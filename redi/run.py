@@ -27,11 +27,11 @@ import yaml
 from redi.config import DataConfig, EvalConfig, RunConfig, TrainConfig, load_config, make_config
 from redi.data.files import find_files, is_hub_name
 from redi.errors import RediError
-from redi.evaluate import EvalResult, evaluate
+from redi.evaluation.evaluate import EvalResult, evaluate
 from redi.files import write_text
 from redi.monitor import ticker
+from redi.pages.run import RECIPE, write_run_page
 from redi.report import write_report
-from redi.run_page import RECIPE, write_run_page
 
 DONE = "done.json"
 

@@ -31,10 +31,10 @@ from redi.config import (
 from redi.data.arithmetic import TEACHERS
 from redi.data.read import read_rows
 from redi.errors import RediError
-from redi.evaluate import evaluate
+from redi.evaluation.evaluate import evaluate
+from redi.evaluation.results import EvalResult
 from redi.files import write_text
 from redi.monitor import read_metrics, say
-from redi.results import EvalResult
 from redi.run import Job, run
 from redi.study_report import Report
 

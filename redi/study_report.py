@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from redi.config import StudyConfig
+from redi.evaluation.results import Interval, t_interval
 from redi.files import write_text
 from redi.plots import Panel, draw_panels
 from redi.report import Table
-from redi.results import Interval, t_interval
 
 Cell = dict[str, Any]
 # Columns of the table over seeds, if any cell has them; in percent, or as they are.

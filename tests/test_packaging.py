@@ -92,7 +92,9 @@ def test_wheel_installs_exactly_two_top_level_names(wheel_names: list[str]) -> N
 
 
 def test_wheel_holds_the_templates_of_the_pages(wheel_names: list[str]) -> None:
-    templates = {f"redi/templates/{p.name}" for p in (ROOT / "redi" / "templates").iterdir()}
+    templates = {
+        f"redi/pages/templates/{p.name}" for p in (ROOT / "redi" / "pages" / "templates").iterdir()
+    }
     assert templates and templates <= set(wheel_names)
 
 

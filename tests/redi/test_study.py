@@ -11,7 +11,7 @@ import yaml
 from redi.config import StudyConfig, load_config, make_config
 from redi.data.read import read_rows
 from redi.errors import RediError
-from redi.results import t_interval
+from redi.evaluation.results import t_interval
 from redi.study import Study, half_decade, study
 from redi.study_report import Report
 

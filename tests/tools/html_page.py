@@ -5,10 +5,10 @@ import hashlib
 from html.parser import HTMLParser
 from pathlib import Path
 
-import redi.pages
+import redi.pages.html
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
-SCRIPT = (redi.pages.TEMPLATES / "tap.js").read_text(encoding="utf-8")
+SCRIPT = (redi.pages.html.TEMPLATES / "tap.js").read_text(encoding="utf-8")
 HOSTILE = (
     "<script>alert(1)</script>",
     "</textarea></title></style></script><h1 onclick=alert(1)>",
@@ -43,7 +43,7 @@ class Page(HTMLParser):
         self.check()
 
     def check(self):
-        assert len(self.source.encode()) < redi.pages.MAX_BYTES
+        assert len(self.source.encode()) < redi.pages.html.MAX_BYTES
         assert len(set(self.ids)) == len(self.ids)
         assert {link.removeprefix("#") for link in self.links} <= set(self.ids)
         assert all(link.startswith("#") for link in self.links)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from redi.results import EvalResult, PairScores, load_result
+from redi.evaluation.results import EvalResult, PairScores, load_result
 
 
 def make_result(correct, *, unparsable=0, pairs=None, model="m") -> EvalResult:

@@ -10,12 +10,12 @@ import tiny
 from chat_formats import byte_tokenizer
 from html_page import HOSTILE, Page
 
-from redi import trace_page
 from redi.data.read import read_examples
 from redi.data.tokenize import tokenize_examples
 from redi.errors import RediError
-from redi.pages import visible
-from redi.trace_page import LIMITS, colour, short_names, write_trace_page
+from redi.pages import traces as trace_page
+from redi.pages.html import visible
+from redi.pages.traces import LIMITS, colour, short_names, write_trace_page
 from redi.traces import ScoredExample, ScoredTrace, kind_of, score
 
 

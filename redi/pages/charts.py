@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup, escape
 
-from redi.pages import visible
+from redi.pages.html import visible
 from redi.plots import smooth
 
 WIDTH, HEIGHT = 400, 220

@@ -7,12 +7,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from redi.charts import histogram
 from redi.data.detokenize import token_texts
 from redi.data.read import Example, read_rows, to_example
 from redi.data.tokenize import Trace, tokenize_examples
 from redi.errors import RediError
-from redi.pages import token_spans, visible, write_page
+from redi.pages.charts import histogram
+from redi.pages.html import token_spans, visible, write_page
 from redi.report import Table
 
 MAX_SOURCES = 30  # rows of the table of sources; the rest is added up

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from redi.compare import Results, paired_table, score_table, shared, title
-from redi.pages import write_page
-from redi.run_page import samples_of, score_bars
+from redi.evaluation.compare import Results, paired_table, score_table, shared, title
+from redi.pages.html import write_page
+from redi.pages.run import samples_of, score_bars
 
 
 def write_compare_page(
@@ -16,7 +16,7 @@ def write_compare_page(
     baseline: str,
     published: bool = False,
 ) -> Path:
-    """Writes the page of what `redi.compare.load_models` has read from `folders`.
+    """Writes the page of what `redi.evaluation.compare.load_models` has read from `folders`.
 
     Raises RediError for models that cannot be compared, and if the page cannot be written.
     """

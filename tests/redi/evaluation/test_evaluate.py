@@ -9,14 +9,14 @@ import torch
 from tiny import make_lm, make_tokenizer, pair_rows, write_jsonl
 
 import redi.data.verify
-import redi.evaluate
-import redi.generate
+import redi.evaluation.evaluate
+import redi.evaluation.generate
 from redi.config import EvalConfig
 from redi.data.tokenize import ChatFormat
 from redi.errors import RediError
-from redi.evaluate import evaluate
+from redi.evaluation.evaluate import evaluate
+from redi.evaluation.results import load_result
 from redi.model import load_tokenizer_from
-from redi.results import load_result
 
 QUESTIONS = [
     {"id": f"q{i}", "problem": f"{i}+{i}" + "+0" * (i % 4), "answer": str(2 * i)} for i in range(7)
@@ -67,7 +67,7 @@ def script(monkeypatch, texts, *, stop=True):
         ids = tokenizer(said, add_special_tokens=False)["input_ids"]
         return [[*i, stop_ids[0]] if stop else i for i in ids]
 
-    monkeypatch.setattr(redi.generate, "generate", fake)
+    monkeypatch.setattr(redi.evaluation.generate, "generate", fake)
 
 
 def test_every_sample_is_kept_and_the_metrics_follow_from_them(model, config, tmp_path):
@@ -112,7 +112,7 @@ def test_a_right_answer_that_was_not_ended_is_wrong(model, config, tmp_path, mon
 @pytest.fixture
 def calls(monkeypatch):
     """Counts the batches generated; `calls.limit` kills the evaluation at the one after."""
-    real = redi.generate.generate
+    real = redi.evaluation.generate.generate
 
     class Calls:
         count, limit = 0, 1000
@@ -123,8 +123,8 @@ def calls(monkeypatch):
                 raise KeyboardInterrupt
             return real(*args, **kwargs)
 
-    monkeypatch.setattr(redi.generate, "generate", Calls())
-    return redi.generate.generate
+    monkeypatch.setattr(redi.evaluation.generate, "generate", Calls())
+    return redi.evaluation.generate.generate
 
 
 def test_killed_and_resumed_equals_uninterrupted(model, config, tmp_path, no_algebra, calls):
@@ -185,8 +185,10 @@ def test_finished_is_skipped_and_what_changed_is_redone(
     copy = tmp_path / "model"
     shutil.copytree(model, copy)
     first = evaluate(copy, config, tmp_path / "out")
-    load, loads = redi.evaluate._load, []
-    monkeypatch.setattr(redi.evaluate, "_load", lambda name: loads.append(name) or load(name))
+    load, loads = redi.evaluation.evaluate._load, []
+    monkeypatch.setattr(
+        redi.evaluation.evaluate, "_load", lambda name: loads.append(name) or load(name)
+    )
 
     (copy / "README.md").write_text("a card")
     again = evaluate(copy, changed(config, batch_size=2, num_workers=1), tmp_path / "out")
@@ -307,7 +309,7 @@ def test_a_full_disk_is_named_and_loses_no_batch(
             raise error
 
     with monkeypatch.context() as full:
-        full.setattr(redi.evaluate.os, "fsync", fsync)
+        full.setattr(redi.evaluation.evaluate.os, "fsync", fsync)
         with pytest.raises(RediError, match=r"full: cannot be written: .*No space left"):
             evaluate(model, config, tmp_path / "full")
     evaluate(model, config, tmp_path / "full")
@@ -318,6 +320,6 @@ def test_out_of_memory_names_the_batch_size(model, config, tmp_path, no_algebra,
     def exhausted(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(redi.generate, "generate", exhausted)
+    monkeypatch.setattr(redi.evaluation.generate, "generate", exhausted)
     with pytest.raises(RediError, match="batch_size 6: run again with a smaller"):
         evaluate(model, config, tmp_path / "out")

@@ -9,11 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from tiny import write_jsonl
 
-import redi.served
+import redi.evaluation.served
 from redi.config import EvalConfig
 from redi.errors import RediError
-from redi.evaluate import evaluate
-from redi.served import Client, Completion, _retry_after
+from redi.evaluation.evaluate import evaluate
+from redi.evaluation.served import Client, Completion, _retry_after
 
 QUESTIONS = [{"id": f"q{i}", "problem": f"{i}+{i}", "answer": str(2 * i)} for i in range(6)]
 
@@ -93,7 +93,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(redi.served, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(redi.evaluation.served, "FIRST_PAUSE", 0.01)
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from redi.compare import benchmark_table, load_models, paired_table, score_table
 from redi.errors import RediError
-from redi.results import EvalResult, sign_test
+from redi.evaluation.compare import benchmark_table, load_models, paired_table, score_table
+from redi.evaluation.results import EvalResult, sign_test
 
 
 def result(correct_PN, *, ids=None, groups=None):

@@ -6,7 +6,7 @@ from tiny import make_lm
 from transformers import LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from redi.generate import NUCLEUS_GUESS, generate, sample_tokens
+from redi.evaluation.generate import NUCLEUS_GUESS, generate, sample_tokens
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [20, 21], [5, 6, 7, 8, 9, 10, 11, 12, 13], [30] * 5]
 

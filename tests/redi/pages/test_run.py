@@ -7,11 +7,11 @@ import yaml
 from html_page import HOSTILE, Page
 from made_up import metrics_rows, write_eval, write_stage
 
-from redi.charts import POINTS
 from redi.errors import RediError
+from redi.evaluation.results import bootstrap, load_result
 from redi.meter import PARTS
-from redi.results import bootstrap, load_result
-from redi.run_page import clock, colours_of, write_run_page
+from redi.pages.charts import POINTS
+from redi.pages.run import clock, colours_of, write_run_page
 
 
 @pytest.fixture

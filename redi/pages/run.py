@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import yaml
 
-from redi.charts import POINTS, line_chart
 from redi.errors import RediError
+from redi.evaluation.results import EvalResult, bootstrap, load_result
 from redi.meter import PARTS
 from redi.monitor import read_metrics
-from redi.pages import write_page
+from redi.pages.charts import POINTS, line_chart
+from redi.pages.html import write_page
 from redi.plots import PANELS, points
 from redi.report import Table, model_table, pairs_table
-from redi.results import EvalResult, bootstrap, load_result
 
 RECIPE = "recipe.yaml"  # what `redi run` ran, in its output folder
 HELD_OUT = (
@@ -256,7 +256,7 @@ def samples_of(
 def _questions(folder: Path, task_dir: Path | None) -> dict[str, Any]:
     """The problems asked, by id; none where the dataset is gone."""
     from redi.config import EvalConfig, make_config
-    from redi.evaluate import read_questions
+    from redi.evaluation.evaluate import read_questions
 
     settings = _read_json(folder / "evaluation.json").get("config", {})
     name = Path(settings.get("dataset_name", ""))

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from redi.errors import RediError
-from redi.results import EvalResult, PairScores, bootstrap, load_result, paired_difference
+from redi.evaluation.results import (
+    EvalResult,
+    PairScores,
+    bootstrap,
+    load_result,
+    paired_difference,
+)
 
 
 def make_result(correct, *, finished=None, model="m", ids=None, pairs=None) -> EvalResult:

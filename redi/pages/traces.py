@@ -12,10 +12,10 @@ from typing import Any, Literal
 import numpy as np
 from markupsafe import Markup
 
-from redi.charts import line_chart
 from redi.data.read import read_rows, to_example
 from redi.errors import RediError
-from redi.pages import clip, token_spans, write_page
+from redi.pages.charts import line_chart
+from redi.pages.html import clip, token_spans, write_page
 from redi.report import Table
 from redi.traces import KINDS, ScoredExample, ScoredTrace, score
 

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
-from redi.benchmarks import BENCHMARKS
 from redi.errors import RediError
-from redi.published import PUBLISHED, SETS
-from redi.report import Table, format_interval, model_table
-from redi.results import (
+from redi.evaluation.benchmarks import BENCHMARKS
+from redi.evaluation.published import PUBLISHED, SETS
+from redi.evaluation.results import (
     EvalResult,
     bootstrap,
     load_results,
     paired_difference,
     sign_test,
 )
+from redi.report import Table, format_interval, model_table
 
 Results = Mapping[str, Mapping[str, EvalResult]]  # of each model, by benchmark
 

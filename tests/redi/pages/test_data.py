@@ -10,7 +10,8 @@ from html_page import HOSTILE, Page
 from redi.config import DataConfig
 from redi.data.build import build
 from redi.data.tokenize import tokenize_examples
-from redi.data_page import (
+from redi.errors import RediError
+from redi.pages.data import (
     MAX_SOURCES,
     find_example,
     print_traces,
@@ -18,8 +19,7 @@ from redi.data_page import (
     write_data_page,
     write_show_page,
 )
-from redi.errors import RediError
-from redi.pages import visible
+from redi.pages.html import visible
 
 KIND_OF = {"m": "masked", "t": "trained", "o": "trained", "s": "stop"}
 

@@ -5,13 +5,13 @@ import json
 import pytest
 from tiny import make_lm, make_tokenizer, write_jsonl
 
-import redi.generate
-from redi.benchmarks import BENCHMARKS, find_benchmark
+import redi.evaluation.generate
 from redi.config import EvalConfig
 from redi.errors import RediError
-from redi.evaluate import evaluate, evaluate_benchmarks
-from redi.grading import read_questions
-from redi.published import PUBLISHED, SETS
+from redi.evaluation.benchmarks import BENCHMARKS, find_benchmark
+from redi.evaluation.evaluate import evaluate, evaluate_benchmarks
+from redi.evaluation.grading import read_questions
+from redi.evaluation.published import PUBLISHED, SETS
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def say(monkeypatch, text_of):
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
         return [[*i, stop_ids[0]] for i in ids]
 
-    monkeypatch.setattr(redi.generate, "generate", fake)
+    monkeypatch.setattr(redi.evaluation.generate, "generate", fake)
 
 
 @pytest.fixture

@@ -24,13 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from redi.benchmarks import BENCHMARKS, find_benchmark
 from redi.config import EvalConfig
 from redi.data.read import Example, Prompt, make_prompt, read_examples
 from redi.errors import RediError
+from redi.evaluation.benchmarks import BENCHMARKS, find_benchmark
+from redi.evaluation.grading import Question, grade, make_verifier, read_questions, vote
+from redi.evaluation.results import EvalResult, load_result, read_result
 from redi.files import write_text
-from redi.grading import Question, grade, make_verifier, read_questions, vote
-from redi.results import EvalResult, load_result, read_result
 
 # What a model's answers depend on; cards, logs and checkpoints in its folder may change.
 MODEL_FILES = (
@@ -141,7 +141,7 @@ def _sample(
     import torch
 
     from redi.data.tokenize import ChatFormat
-    from redi.generate import generate
+    from redi.evaluation.generate import generate
 
     chat = ChatFormat(tokenizer)
     prefix = tokenizer(config.answer_prefix, add_special_tokens=False)["input_ids"]
@@ -192,7 +192,7 @@ def _sample_served(model: str, questions: list[Question], config: EvalConfig, fi
     A sample that it does not answer is missing, never wrong. Raises RediError if any is missing in
     the end, or once three in a row are.
     """
-    from redi.served import Client, Unanswered
+    from redi.evaluation.served import Client, Unanswered
 
     done = _keep_whole_lines(file)
     requests = [

@@ -4,9 +4,9 @@ import pytest
 from html_page import HOSTILE, Page
 from made_up import write_eval
 
-from redi.compare import load_models, paired_table, score_table
-from redi.compare_page import write_compare_page
-from redi.pages import visible
+from redi.evaluation.compare import load_models, paired_table, score_table
+from redi.pages.compare import write_compare_page
+from redi.pages.html import visible
 
 A = [[1, 1], [0, 1], [0, 0], [0, 0]]
 B = [[1, 0], [1, 1], [1, 1], [0, 0]]

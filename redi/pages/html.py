@@ -1,4 +1,4 @@
-"""The look that all pages share: one HTML file that needs nothing else, from redi/templates.
+"""The look that all pages share: one HTML file that needs nothing else, from redi/pages/templates.
 
 Every text that a template shows is escaped, and characters that would hide or turn around what
 stands beside them are shown by their number: pages show what strangers' files hold.
@@ -59,7 +59,7 @@ def token_spans(tokens: Iterable[tuple[str, str, str]]) -> Markup:
 
 
 def write_page(file: Path, template: str, **content: Any) -> Path:
-    """Renders redi/templates/`template` into `file`. Raises RediError if it cannot be written."""
+    """Renders templates/`template` into `file`. Raises RediError if it cannot be written."""
     text = render(template, **content)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

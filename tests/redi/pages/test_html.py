@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from html_page import HOSTILE, Page
 
-from redi.charts import POINTS, axis_for, histogram, line_chart, short, thin
 from redi.errors import RediError
-from redi.pages import clip, prompt_text, token_spans, visible, write_page
+from redi.pages.charts import POINTS, axis_for, histogram, line_chart, short, thin
+from redi.pages.html import clip, prompt_text, token_spans, visible, write_page
 from redi.report import Table
 
 

@@ -1,0 +1,1 @@
+"""Answers, their verdicts, and what a model's score is worth."""
