@@ -72,7 +72,9 @@ def score_table(models: Results, published: bool = False) -> Table:
     shapes = {results[key].correct_PN.shape for results in models.values() for key in sets}
     samples = " or ".join(str(n) for n in sorted({shape[1] for shape in shapes}))
     note = f"pass@1 in percent ± SEM over the samplings, of {samples} samples a problem."
-    if published:
+    if published and not set(sets) & set(SETS):
+        note += " The paper's rows are left out: it published nothing on these problems."
+    elif published:
         places = [SETS.index(key) if key in SETS else None for key in sets]
         full = set(sets) == set(SETS)
         for paper in PUBLISHED:

@@ -108,6 +108,8 @@ def test_several_benchmarks_their_average_and_the_papers_rows(tmp_path):
     redi = next(row for row in papers if row[0].endswith("Qwen-REDI-1.5B"))
     assert redi[1:] == ["83.1 ± 0.3", "28.1 ± 1.1", "-"]  # its average is over other benchmarks
     assert "nothing here has checked them" in table.note
+    table = score_table({name: {"gsm8k": models[name]["aime24"]} for name in models}, True)
+    assert len(table.rows) == 2 and "published nothing on these problems" in table.note
     assert {row[0] for row in paired_table(models, "a").rows} == {"MATH-500: b", "AIME24: b"}
     rows = benchmark_table(models["a"]).rows
     assert sorted(row[0] for row in rows) == ["AIME24", "GSM8K", "MATH-500"]
