@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from redi_kernels import fast
+from redi_kernels import fast, fast_plan
 from redi_kernels.logprobs import weighted_logprobs
 from torch import Tensor
 
@@ -122,11 +122,11 @@ def thresholds(truth: Truth, exponents: list[int]) -> Iterator[tuple]:
                 dw += torch.outer(total_V, lost_T[rows] @ truth.x[rows] / lost_T[rows].sum())
         yield name + "share", f, 1 + 2 * f, _add(base, (dx, dw)), never_V
         for k in (8, 32, 64, 128):
-            fast.MOMENTS = k
-            basis_HK = fast._basis(truth.x, truth.weight)
+            fast_plan.MOMENTS = k
+            basis_HK = fast_plan.basis(truth.x, truth.weight)
             dw = (tail.T @ (truth.x @ basis_HK)) @ basis_HK.T
             yield name + f"{k} moments", f, 1 + 2 * f + k / H, _add(base, (dx, dw)), never_V
-        fast.MOMENTS = 32
+        fast_plan.MOMENTS = 32
 
 
 def _add(a: Gradients, b: Gradients) -> Gradients:
@@ -149,7 +149,7 @@ def library(truth: Truth, tolerance: float) -> tuple[tuple, str]:
         f"tolerance {tolerance:g}: dX's error {truth.errors(got)[0]:.2e}, the estimate says "
         f"{float(report.error):.2e}; mean dropped mass {float(report.dropped_T.mean()):.1e}"
     )
-    cost = 1 + 2 * f + fast.MOMENTS / truth.x.shape[1]
+    cost = 1 + 2 * f + fast_plan.MOMENTS / truth.x.shape[1]
     return (f"**tolerance {tolerance:g}**", f, cost, got, never_V), says
 
 

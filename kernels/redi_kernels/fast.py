@@ -26,30 +26,15 @@ The logits' pass leaves exp(z - shift) where cpu.py leaves z, with the maximum s
 no second exp. Log-probs are cpu.py's, to the bit.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from redi_kernels import fast_plan
 from redi_kernels.cpu import Blocks, Gradients
+from redi_kernels.fast_plan import MAX_ACTIVE, ROWS, Report
 from redi_kernels.head import Head
 
-BUDGET = 2**-10.5  # at tolerance 1
-MOMENTS = 32  # K: columns of the tail's moments
-MAX_ACTIVE = 0.5  # share of a block's rows from which on it is done exactly
-ERROR_PER_BUDGET = 2.0  # measured: 1.2 to 1.9, more where blocks are short
-BASIS_TOKENS, BASIS_ROUNDS = 2048, 4  # enough to find the directions
-BINS, PER_OCTAVE = 512, 8  # of the search for the threshold
-ROWS = 4096  # of a bf16 result widened at a time
-
 Needs = tuple[bool, bool, bool]
-
-
-@dataclass(frozen=True)
-class Report:
-    dropped_N: Tensor  # probability mass in rows that were not active
-    active: Tensor  # rows computed over all rows: f
-    error: Tensor  # of dX, relative: from above
 
 
 def gradients(
@@ -92,16 +77,15 @@ class _Sparse:
     def __init__(
         self, x_NH: Tensor, blocks: Blocks, other_P: Tensor, needs: Needs, tolerance: float
     ) -> None:
-        self.blocks, self.other_P, self.budget = blocks, other_P, tolerance * BUDGET
+        self.blocks, self.other_P, self.budget = blocks, other_P, tolerance * fast_plan.BUDGET
         self.grads = grads = Gradients(x_NH, blocks, needs)
         if grads.dw_VH is not None:
             grads.dw_VH.zero_()
             grads.is_first = False
         N, V = len(x_NH), len(blocks.w_VH)
-        self.basis_HK = _basis(x_NH, other_P[:N])
-        columns = 2 + self.basis_HK.shape[1]
-        self.moments_VK = x_NH.new_zeros(V, columns, dtype=blocks.acc)
-        self.block_VK = x_NH.new_empty(V, columns)
+        self.basis_HK = fast_plan.basis(x_NH, other_P[:N])
+        self.moments_VK = x_NH.new_zeros(V, fast_plan.MOMENTS, dtype=blocks.acc)
+        self.block_VK = x_NH.new_empty(V, fast_plan.MOMENTS)
         self.place_V = torch.zeros(V, dtype=torch.long)
         self.dropped_P = torch.zeros_like(other_P)
         self.computed = 0
@@ -121,9 +105,8 @@ class _Sparse:
         energy = target_B.double().square().sum()
         other_B = self.other_P[t]
         s_V = self._moments(x_nH, e_VB, scale_GB * other_B, other_B)
-        drop_V, left = _droppable(s_V, self.budget * energy.sqrt())
-        drop_V[y_B[:n]] = False
-        active_A = (~drop_V).nonzero()[:, 0]
+        active_V, left = fast_plan.active_rows(s_V, y_B[:n], self.budget * energy.sqrt())
+        active_A = active_V.nonzero()[:, 0]
         self.energy = self.energy + energy
         if len(active_A) > MAX_ACTIVE * V:
             self._exactly(t.start, x_nH, y_B, e_VB, scale_GB * other_B, target_B)
@@ -198,54 +181,17 @@ class _Sparse:
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Report]:
         """Puts the tail back, rounds once."""
         grads, blocks = self.grads, self.blocks
-        scale = blocks.head.logit_scale
-        up_V, down_V = self.moments_VK[:, 0], self.moments_VK[:, 1]
-        if grads.db_V is not None:
-            grads.db_V += up_V + down_V
-        if grads.dx_NH is not None and len(grads.dx_NH):
-            N = len(grads.dx_NH)
-            lost_N = (self.dropped_P * self.other_P)[:N] * scale
-            for mean_V, sign in ((up_V, 1), (down_V, -1)):
-                share_V = mean_V / mean_V.sum().where(mean_V.any(), 1)
-                mean_H = (share_V.to(blocks.w_VH.dtype) @ blocks.w_VH).to(blocks.acc)
-                part_N = (lost_N * sign).clamp(min=0) * sign
-                for dx_nH, part_n in zip(grads.dx_NH.split(ROWS), part_N.split(ROWS), strict=True):
-                    dx_nH.copy_(torch.addr(dx_nH.to(blocks.acc), part_n, mean_H))
-        if grads.dw_VH is not None:
-            grads.dw_VH.addmm_(self.moments_VK[:, 2:], self.basis_HK.T.to(blocks.acc), alpha=scale)
-        N, V = len(self.blocks.x_NH), len(blocks.w_VH)
-        active = torch.tensor(self.computed / max(N * V, 1), dtype=blocks.acc)
-        error = ERROR_PER_BUDGET * (self.left / self.energy.where(self.energy > 0, 1)).sqrt()
-        report = Report(self.dropped_P[:N], active, error.to(blocks.acc))
+        N = len(blocks.x_NH)
+        fast_plan.put_back(
+            self.moments_VK,
+            self.basis_HK,
+            (self.dropped_P * self.other_P)[:N],
+            blocks.w_VH,
+            blocks.head.logit_scale,
+            grads.dx_NH,
+            grads.dw_VH,
+            grads.db_V,
+        )
+        V, dropped_N = len(blocks.w_VH), self.dropped_P[:N]
+        report = fast_plan.report(dropped_N, self.computed, V, self.left, self.energy)
         return *grads.result(), report
-
-
-def _droppable(s_V: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
-    """(which rows may be dropped [V], the energy sum s^2 of those): smallest first, up to limit^2.
-
-    A histogram in log2 s stands for a sort, which would take as long as the block's moments.
-    """
-    r_V = s_V / limit.clamp(min=torch.finfo(torch.float64).tiny)
-    bin_V = ((r_V.log2() * PER_OCTAVE) + BINS).clamp_(0, BINS).long()  # the last: s >= limit
-    energy_V = r_V.double().square()
-    energy_b = torch.bincount(bin_V, weights=energy_V, minlength=BINS + 1)
-    cum_b = energy_b.cumsum(0)
-    num_bins = int((cum_b[:BINS] <= 1).sum())
-    left = cum_b[num_bins - 1] if num_bins else cum_b.new_zeros(())
-    return bin_V < num_bins, left * limit.square()
-
-
-def _basis(x_NH: Tensor, other_N: Tensor) -> Tensor:
-    """[H, K - 2]: orthonormal, close to the main directions of sum_t |other_t| x_t x_t^T.
-
-    Subspace iteration from fixed random directions, on at most BASIS_TOKENS of the tokens.
-    """
-    H = x_NH.shape[1]
-    step = max(len(x_NH) // BASIS_TOKENS, 1)
-    x, a = x_NH[::step].float(), other_N[::step].float().abs()
-    a = a / a.amax().clamp(min=torch.finfo(torch.float32).tiny) if len(a) else a
-    generator = torch.Generator().manual_seed(0)
-    q_HK = torch.randn(H, min(MOMENTS - 2, H), generator=generator)
-    for _ in range(BASIS_ROUNDS):
-        q_HK = torch.linalg.qr(x.T @ ((x @ q_HK) * a[:, None]) + 1e-30 * q_HK)[0]
-    return q_HK.to(x_NH.dtype)

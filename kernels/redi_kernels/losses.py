@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from redi_kernels.checks import check_cu_seqlens, require
 from redi_kernels.head import accumulator
 from redi_kernels.logprobs import (
     Fast,
     LogProbs,
     SequenceLogProbs,
-    check_cu_seqlens,
-    require,
     segment_sum,
     sequence_logprobs,
     token_logprobs,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from gradcheck_tools import Problem, Result, errors, make_problem, textbook
-from redi_kernels import cpu, dpo_loss, fast, sft_loss, token_logprobs
+from redi_kernels import cpu, dpo_loss, fast, fast_plan, sft_loss, token_logprobs
 from redi_kernels.logprobs import Fast, weighted_logprobs
 from torch import Tensor
 
@@ -17,7 +17,8 @@ def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small vocabulary would otherwise get blocks so long that every row is active in each."""
     monkeypatch.setattr(cpu, "BLOCK_TOKENS", (16, 64))
     monkeypatch.setattr(cpu, "GROUP_BYTES", 512 * 64 * 4)
-    monkeypatch.setattr(fast, "ROWS", 100)
+    for module in (fast, fast_plan):
+        monkeypatch.setattr(module, "ROWS", 100)
 
 
 def text(dtype: torch.dtype = torch.float32, **options) -> Problem:
@@ -108,11 +109,11 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "dW's stand-in missing": lambda patch: _moments(patch, 2, None, 0.0),
     "dW's stand-in turned round": lambda patch: _moments(patch, 2, None, -1.0),
     "dX's stand-in missing": lambda patch: _moments(patch, 0, 2, 0.0),
-    "a random basis": lambda patch: patch.setattr(fast, "BASIS_ROUNDS", 0),
+    "a random basis": lambda patch: patch.setattr(fast_plan, "BASIS_ROUNDS", 0),
     "active rows put back too": lambda patch: patch.setattr(
         Tensor, "index_fill_", lambda self, *_: self
     ),
-    "too much dropped": lambda patch: patch.setattr(fast, "BUDGET", 8 * fast.BUDGET),
+    "too much dropped": lambda patch: patch.setattr(fast_plan, "BUDGET", 8 * fast_plan.BUDGET),
 }
 
 
