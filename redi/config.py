@@ -287,6 +287,22 @@ class TrainConfig(Strict):
         description="dpo, simpo: scale of the rewards; default: 0.1 for dpo, 2 for simpo",
     )
     simpo_gamma: float = Field(1.0, ge=0, description="simpo: margin that a pair should reach")
+    rejected_loss: Literal["logp", "unlikelihood"] = Field(
+        "logp",
+        description="redi: of a rejected token log p is pushed down, or -log(1 - p), which lets go "
+        "of what is unlikely already",
+    )
+    rejected_floor: float | None = Field(
+        None, lt=0, description="redi: rejected tokens whose log p is below are left alone"
+    )
+    rejected_tokens: Literal["all", "diverging"] = Field(
+        "all",
+        description="redi: diverging pushes down only from the first token that differs from the "
+        "pair's chosen trace",
+    )
+    rejected_window: int | None = Field(
+        None, ge=1, description="diverging: only so many tokens from there on"
+    )
     # optimisation
     output_dir: str
     num_train_epochs: float = Field(1.0, gt=0)
@@ -357,6 +373,17 @@ class TrainConfig(Strict):
             raise ValueError(f"objective: {self.objective} has no beta; redi is weighed by alpha")
         return self
 
+    @model_validator(mode="after")
+    def _rejected_fields_have_effect(self) -> "TrainConfig":
+        for name in self._rejected_options():
+            if self.objective != "redi" or self.alpha == 0:
+                raise ValueError(f"{name}: only objective: redi, with alpha above 0, pushes down")
+        if self.rejected_loss == "unlikelihood" and self.rejected_floor is not None:
+            raise ValueError("rejected_floor: unlikelihood has no use for one; choose one of them")
+        if self.rejected_window is not None and self.rejected_tokens != "diverging":
+            raise ValueError("rejected_window: only with rejected_tokens: diverging")
+        return self
+
     @property
     def beta_or_default(self) -> float:
         return DEFAULT_BETA[self.objective] if self.beta is None else self.beta
@@ -367,10 +394,17 @@ class TrainConfig(Strict):
         if self.objective == "sft":
             return "SFT on right traces"
         if self.objective == "redi":
-            return f"REDI, alpha = {self.alpha}"
+            options = {"alpha": self.alpha} | self._rejected_options()
+            return ", ".join(["REDI", *(f"{name} = {value}" for name, value in options.items())])
         if self.objective == "dpo":
             return f"DPO, beta = {self.beta_or_default}"
         return f"SimPO, beta = {self.beta_or_default}, gamma = {self.simpo_gamma}"
+
+    def _rejected_options(self) -> dict[str, Any]:
+        """Those that are not at their default."""
+        names = ("rejected_loss", "rejected_floor", "rejected_tokens", "rejected_window")
+        defaults = {name: TrainConfig.model_fields[name].default for name in names}
+        return {k: getattr(self, k) for k, v in defaults.items() if getattr(self, k) != v}
 
 
 class TaskConfig(Strict):

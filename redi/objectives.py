@@ -61,12 +61,12 @@ def sft(counts: StepCounts, x_TH: Tensor, w_VH: Tensor, pack: Pack, options: dic
     return PackLoss(out.loss, out.logps_S, out.lengths_S, out.logp_T)
 
 
-def redi(alpha: float) -> Objective:
+def redi(alpha: float, **bounds: Any) -> Objective:
     """Stage 2, paper Eq. 5: -log p(y_w)/|y_w| + alpha log p(y_l)/|y_l|, means over the step's
-    traces.
+    traces. `bounds`: rejected_loss and rejected_floor of `redi_loss`.
 
-    Linear in the log-probs, so the two traces of a pair need not share a pack, and rows that have
-    only one of them train too.
+    A sum over tokens, so the two traces of a pair need not share a pack, and rows that have only
+    one of them train too.
     """
     from redi_kernels import redi_loss
 
@@ -80,6 +80,8 @@ def redi(alpha: float) -> Objective:
             pack.cu_seqlens,
             pack.is_chosen_S,
             alpha=alpha,
+            pushed_T=pack.pushed_T,
+            **bounds,
             num_chosen=max(counts.num_chosen, 1),
             num_rejected=max(counts.num_rejected, 1),
             **options,
@@ -131,7 +133,8 @@ def make_objective(config: TrainConfig) -> Objective:
     if config.objective == "sft":
         return sft
     if config.objective == "redi":
-        return redi(config.alpha)
+        bounds = {"rejected_loss": config.rejected_loss, "rejected_floor": config.rejected_floor}
+        return redi(config.alpha, **bounds)
     if config.objective == "dpo":
         return dpo(config.beta_or_default)
     return simpo(config.beta_or_default, config.simpo_gamma)

@@ -16,6 +16,7 @@ import torch
 
 from redi import checkpoint, distributed
 from redi.config import TrainConfig, load_config, make_config
+from redi.data.divergence import push_from_divergence
 from redi.data.pack import Pack, pack_step
 from redi.data.prefetch import Prefetch, pin
 from redi.data.read import read_examples
@@ -124,7 +125,11 @@ def load_data(config: TrainConfig, tokenizer: Any) -> Tokenized:
     elif objective in NEEDS_PAIRS:
         dropped = [Dropped(e.id, "not a pair") for e in examples if len(e.sides) < 2]
         examples = [e for e in examples if len(e.sides) == 2]
-    if not examples:
+    elif config.rejected_tokens == "diverging":
+        why = "no chosen trace to diverge from"
+        dropped = [Dropped(e.id, why) for e in examples if e.chosen is None]
+        examples = [e for e in examples if e.chosen is not None]
+    if not examples or (objective != "sft" and all(e.rejected is None for e in examples)):
         what = "chosen traces" if objective == "sft" else "pairs"
         raise RediError(f"{name}: has no {what}, which objective: {objective} needs")
     data = tokenize_examples(
@@ -133,7 +138,10 @@ def load_data(config: TrainConfig, tokenizer: Any) -> Tokenized:
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
     )
-    return replace(data, dropped=dropped + data.dropped)
+    traces = data.traces
+    if config.rejected_tokens == "diverging":
+        traces = [push_from_divergence(pair, config.rejected_window) for pair in traces]
+    return replace(data, traces=traces, dropped=dropped + data.dropped)
 
 
 def load_held_out(config: TrainConfig, tokenizer: Any) -> list[Trace]:

@@ -1,11 +1,15 @@
 """Losses on packed sequences. Each is a few lines on the two paths of `logprobs.py`.
 
 REDI and SFT are weighted sums of log-probs with weights known beforehand: the fused path, 3 U.
-DPO and SimPO learn their weights from the log-probs themselves: the primitive, 4 U.
+DPO, SimPO and REDI with bounded negatives learn their weights from the log-probs themselves: the
+primitive, 4 U.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +26,10 @@ from redi_kernels.logprobs import (
     token_logprobs,
     weighted_logprobs,
 )
+
+# Unlikelihood's loss and its derivative by log p are infinite at p = 1; what comes this near in
+# 1 - p counts as this near and is not pushed (as in fairseq's; fp32 tells 1 - p no finer at ease).
+SUREST = 1e-5
 
 
 @dataclass(frozen=True)
@@ -60,12 +68,15 @@ def redi_loss(
     is_chosen_S: Tensor,
     *,
     alpha: float = 0.8,
+    rejected_loss: Literal["logp", "unlikelihood"] = "logp",
+    rejected_floor: float | None = None,
+    pushed_T: Tensor | None = None,
     num_chosen: int | Tensor | None = None,
     num_rejected: int | Tensor | None = None,
     bias: Tensor | None = None,
     **options: Any,
 ) -> RediOutput:
-    """REDI's asymmetric loss (arXiv 2505.24850, stage 2), fused: 3 U.
+    """REDI's asymmetric loss (arXiv 2505.24850, stage 2), fused: 3 U; bounded: 4 U.
 
         -1/num_chosen sum_chosen logp(y)/|y|  +  alpha/num_rejected sum_rejected logp(y)/|y|
 
@@ -74,6 +85,11 @@ def redi_loss(
         cu_seqlens: [S + 1] boundaries of the packed sequences, as in FlashAttention.
         is_chosen_S: bool [S]. Sequences need not come in pairs.
         alpha: weight of the rejected ones; 0 is the mean of per-sequence NLL.
+        rejected_loss: what is pushed down of a rejected token: "logp", as above, or "unlikelihood",
+            -log(1 - p) instead of log p (arXiv 1908.04319), which lets go of what is unlikely.
+        rejected_floor: a log-prob, below 0; max(log p, floor) instead of log p for rejected tokens.
+        pushed_T: bool [T], the rejected sequences' targets that are pushed down, all by default;
+            the others add 0. |y| counts them all the same.
         num_chosen, num_rejected: counts of the whole optimizer step, so that micro-batches add up;
             this call's own by default.
 
@@ -86,6 +102,11 @@ def redi_loss(
             f"is_chosen_S must be bool [{len(cu_seqlens) - 1}], one per sequence of cu_seqlens, "
             f"not {is_chosen_S.dtype} {list(is_chosen_S.shape)}"
         )
+    if pushed_T is not None and (pushed_T.dtype != torch.bool or pushed_T.shape != y_T.shape):
+        raise ValueError(
+            f"pushed_T must be bool [{len(y_T)}], not {pushed_T.dtype} {list(pushed_T.shape)}"
+        )
+    bound = _bound(rejected_loss, rejected_floor)
     num_chosen = _count("num_chosen", num_chosen, is_chosen_S)
     num_rejected = _count("num_rejected", num_rejected, ~is_chosen_S)
     one = x_TH.new_ones((), dtype=accumulator(x_TH.dtype))
@@ -93,9 +114,28 @@ def redi_loss(
     valid_T = y_T != options.get("ignore_index", -100)
     lengths_S = segment_sum(valid_T.float(), cu_seqlens).long()
     weight_S = sign_S / lengths_S.clamp(min=1)
-    weight_T = torch.repeat_interleave(weight_S, cu_seqlens.diff(), output_size=len(x_TH))
-    loss, logp_T, fast = weighted_logprobs(x_TH, w_VH, y_T, weight_T, bias, **options)
+    spread = partial(torch.repeat_interleave, repeats=cu_seqlens.diff(), output_size=len(x_TH))
+    weight_T, is_chosen_T = spread(weight_S), spread(is_chosen_S)
+    if pushed_T is not None:
+        weight_T = torch.where(is_chosen_T | pushed_T, weight_T, 0)
+    if bound is None:
+        loss, logp_T, fast = weighted_logprobs(x_TH, w_VH, y_T, weight_T, bias, **options)
+    else:
+        out = token_logprobs(x_TH, w_VH, y_T, bias=bias, **options)
+        score_T = torch.where(is_chosen_T | ~valid_T, out.logp_T, bound(out.logp_T))
+        loss, logp_T, fast = (weight_T * score_T).sum(), out.logp_T.detach(), out.fast
     return RediOutput(loss, segment_sum(logp_T, cu_seqlens), lengths_S, logp_T, fast)
+
+
+def _bound(rejected_loss: str, floor: float | None) -> Callable[[Tensor], Tensor] | None:
+    """What takes the place of a rejected token's log p; None: log p itself."""
+    if rejected_loss not in ("logp", "unlikelihood"):
+        raise ValueError(f'rejected_loss must be "logp" or "unlikelihood", not {rejected_loss!r}')
+    if floor is not None and not (rejected_loss == "logp" and floor < 0):
+        raise ValueError(f'rejected_floor={floor}: must be below 0, with rejected_loss="logp"')
+    if rejected_loss == "unlikelihood":
+        return lambda logp_T: -torch.log(-torch.expm1(logp_T.clamp(max=math.log1p(-SUREST))))
+    return None if floor is None else lambda logp_T: logp_T.clamp(min=floor)
 
 
 def sft_loss(

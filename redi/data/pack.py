@@ -33,6 +33,7 @@ class Pack:
     examples: tuple[int, ...]  # which example each trace came from
     num_targets: int  # other than -100
     ref_logps_S: Tensor | None = None  # float32, where all its traces have one (DPO)
+    pushed_T: Tensor | None = None  # bool: rejected targets that are pushed down; None: all
 
     @property
     def is_trained(self) -> bool:
@@ -186,6 +187,7 @@ def _pack(traces: list[Trace]) -> Pack:
     refs = [trace.ref_logp for trace in traces if trace.ref_logp is not None]
     input_ids_T = np.concatenate([trace.input_ids for trace in traces]).astype(np.int64)
     targets_T = np.concatenate([_targets(trace) for trace in traces])
+    partly = any(trace.pushed is not None for trace in traces)
     return Pack(
         input_ids_T=torch.from_numpy(input_ids_T),
         position_ids_T=torch.from_numpy(np.concatenate([np.arange(n) for n in seqlens])),
@@ -196,6 +198,7 @@ def _pack(traces: list[Trace]) -> Pack:
         examples=tuple(trace.example for trace in traces),
         num_targets=int((targets_T != IGNORE_INDEX).sum()),
         ref_logps_S=torch.tensor(refs) if len(refs) == len(traces) else None,
+        pushed_T=torch.from_numpy(np.concatenate(list(map(_pushed, traces)))) if partly else None,
     )
 
 
@@ -204,3 +207,10 @@ def _targets(trace: Trace) -> np.ndarray:
     first = max(trace.num_prompt_tokens, 1)  # with no prompt, nothing predicts the first token
     targets[first - 1 : -1] = trace.input_ids[first:]
     return targets
+
+
+def _pushed(trace: Trace) -> np.ndarray:
+    """Where a target lies within `trace.pushed`."""
+    start, end = trace.pushed or (0, len(trace.input_ids))
+    position = 1 + np.arange(len(trace.input_ids))  # of the target
+    return (start <= position) & (position < end)

@@ -31,6 +31,7 @@ class Trace:
     is_chosen: bool
     example: int  # index into the examples given
     ref_logp: float | None = None  # DPO: the reference model's log-prob, summed (redi/reference.py)
+    pushed: tuple[int, int] | None = None  # rejected: which tokens REDI pushes down; None: all
 
 
 @dataclass(frozen=True)

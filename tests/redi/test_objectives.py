@@ -3,12 +3,16 @@
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import tiny
 import torch
 
 from redi.config import TrainConfig, make_config
+from redi.data.divergence import push_from_divergence
 from redi.data.pack import IGNORE_INDEX, pack_step, pack_traces
+from redi.data.tokenize import Trace
+from redi.errors import RediError
 from redi.model import load_model, load_tokenizer
 from redi.objectives import (
     NEEDS_PAIRS,
@@ -35,13 +39,21 @@ def step(tmp_path_factory):
     return model, [replace(t, ref_logp=ref) for t, ref in zip(traces, refs, strict=True)]
 
 
+# Bounded negatives: the settings, and what takes the place of a rejected trace's log-probs.
+BOUNDS = {
+    "unlikelihood": ({"rejected_loss": "unlikelihood"}, lambda lp: -(1 - lp.exp()).log()),
+    "floor": ({"rejected_floor": -4.6}, lambda lp: torch.where(lp < -4.6, -4.6, lp)),
+}
+
+
 def recipe(objective="redi", alpha=0.8):
     """Of DPO, a beta that fits the sums of these short traces."""
     beta = {"dpo": 0.3, "simpo": 1.5}.get(objective)
     content = {
-        "objective": objective, "alpha": alpha, "beta": beta, "simpo_gamma": 0.7,
+        "objective": "redi" if objective in BOUNDS else objective,
+        "alpha": alpha, "beta": beta, "simpo_gamma": 0.7,
         "model_name_or_path": "m", "dataset_name": "d", "output_dir": "o",
-    }  # fmt: skip
+    } | BOUNDS.get(objective, ({},))[0]  # fmt: skip
     return make_config(TrainConfig, content, "test")
 
 
@@ -80,6 +92,11 @@ def padded_oracle(model, traces, alpha, objective="redi"):
         positions = torch.arange(trace.num_prompt_tokens, len(trace.input_ids))
         logp = logps_SLV[i, positions - 1, ids_SL[i, positions]]
         tokens.append(logp)
+        if objective in BOUNDS and not trace.is_chosen:
+            logp = BOUNDS[objective][1](logp)
+        if trace.pushed and not trace.is_chosen:  # divided by the whole trace's length all the same
+            start, end = (i - trace.num_prompt_tokens for i in trace.pushed)
+            logp = torch.cat([0 * logp[:start], logp[start:end], 0 * logp[end:]])
         score = logp.sum() - trace.ref_logp if objective == "dpo" else logp.mean()
         (chosen if trace.is_chosen else rejected).append(score)
     if objective == "sft":
@@ -100,7 +117,7 @@ def assert_same(gradient, truth, tolerance=2e-6):
     assert (gradient - truth).norm() <= tolerance * truth.norm()
 
 
-@pytest.mark.parametrize("objective", ["redi", "dpo", "simpo"])
+@pytest.mark.parametrize("objective", ["redi", "dpo", "simpo", *BOUNDS])
 def test_any_packing_and_order_give_the_same_gradient(step, objective):
     """Down to every trace, or pair, alone, as with accumulation; uneven packs between."""
     model, traces = step
@@ -170,7 +187,7 @@ def test_a_wrong_denominator_is_seen(step):
     assert (grad - truth).norm() > 0.1 * truth.norm()
 
 
-@pytest.mark.parametrize("objective", ["redi", "sft", "dpo", "simpo"])
+@pytest.mark.parametrize("objective", ["redi", "sft", "dpo", "simpo", *BOUNDS])
 def test_packed_equals_padded(step, objective):
     model, traces = step
     traces = [t for t in traces if t.is_chosen] if objective == "sft" else traces
@@ -178,6 +195,75 @@ def test_packed_equals_padded(step, objective):
     want, truth = padded_oracle(model, traces, 0.8, objective)
     assert loss == pytest.approx(want, abs=2e-6)
     assert_same(grad, truth)
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_negatives_from_the_divergence(step, window):
+    """In any packing, as padded; the prefix that both traces share gets no gradient."""
+    model, traces = step
+    pairs = [push_from_divergence(traces[i : i + 2], window) for i in range(0, len(traces), 2)]
+    traces = [trace for pair in pairs for trace in pair]
+    want, truth = padded_oracle(model, traces, 0.8)
+    for max_tokens in (40, 10_000):
+        loss, grad, _ = gradient(model, traces, max_tokens=max_tokens)
+        assert loss == pytest.approx(want, abs=2e-6)
+        assert_same(grad, truth)
+    whole = [replace(trace, pushed=None) for trace in traces]
+    _, grad, _ = gradient(model, whole, max_tokens=40)
+    assert (grad - truth).norm() > 0.1 * truth.norm()
+
+
+def test_where_traces_diverge():
+    def trace(text, is_chosen):
+        return Trace(np.array([7, 7, *map(int, text)], dtype=np.int32), 2, is_chosen, 0)
+
+    def pushed(chosen, rejected, window=None):
+        pair = push_from_divergence([trace(chosen, True), trace(rejected, False)], window)
+        assert pair[0].pushed is None
+        return pair[1].pushed
+
+    assert pushed("12345", "12946") == (4, 7)  # the first of two
+    assert pushed("12345", "12945", window=1) == (4, 5)
+    assert pushed("92345", "12345") == (2, 7)
+    assert pushed("123", "12345") == (5, 7) and pushed("12345", "123") == (5, 5)
+    (pack,) = pack_traces([trace("123", True), replace(trace("1943", False), pushed=(3, 5))], 99)
+    assert pack.targets_T[pack.pushed_T & (torch.arange(11) >= 5)].tolist() == [9, 4]
+    alone = [trace("12", True)]
+    assert push_from_divergence(alone) is alone
+
+
+def test_rows_without_a_pair_when_negatives_diverge(tmp_path):
+    """A rejected trace alone has nothing to diverge from; a chosen one alone trains on."""
+    rows = tiny.pair_rows()
+    del rows[3]["chosen"], rows[5]["rejected"]
+    settings = tiny.train_settings(tmp_path, rejected_tokens="diverging")
+    tiny.write_jsonl(tmp_path / "pairs.jsonl", rows)
+    config = make_config(TrainConfig, settings, "test")
+    data = load_data(config, load_tokenizer(config))
+    assert [(d.id, d.reason) for d in data.dropped] == [
+        ("sum-3", "no chosen trace to diverge from")
+    ]
+    assert [len(traces) for traces in data.traces].count(1) == 1
+    assert all(t.pushed for traces in data.traces for t in traces if not t.is_chosen)
+    tiny.write_jsonl(tmp_path / "pairs.jsonl", [rows[3], rows[5]])
+    with pytest.raises(RediError, match="has no pairs"):
+        load_data(config, load_tokenizer(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"objective": "dpo", "rejected_loss": "unlikelihood"}, "only objective: redi"),
+        ({"alpha": 0.0, "rejected_floor": -2.0}, "alpha above 0"),
+        ({"objective": "sft", "rejected_tokens": "diverging"}, "only objective: redi"),
+        ({"rejected_loss": "unlikelihood", "rejected_floor": -2.0}, "choose one"),
+        ({"rejected_window": 3}, "only with rejected_tokens"),
+        ({"rejected_floor": 0.0}, "less than 0"),
+    ],
+)
+def test_senseless_negatives_are_refused(tmp_path, changes, match):
+    with pytest.raises(RediError, match=match):
+        make_config(TrainConfig, tiny.train_settings(tmp_path, **changes), "test")
 
 
 def test_alpha_zero_is_the_mean_of_per_sequence_nll(step):

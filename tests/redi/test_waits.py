@@ -64,7 +64,13 @@ def _is_mask(index):
 
 @pytest.mark.parametrize(
     "how",
-    [{}, {"gradient_checkpointing": "offload"}, {"objective": "dpo"}, {"objective": "simpo"}],
+    [
+        {},
+        {"gradient_checkpointing": "offload"},
+        {"objective": "dpo"},
+        {"objective": "simpo"},
+        {"rejected_loss": "unlikelihood", "rejected_tokens": "diverging"},
+    ],
     ids=lambda how: next(iter(how.values()), "redi"),
 )
 def test_a_step_waits_once(tmp_path, how, monkeypatch):

@@ -70,6 +70,70 @@ def test_redi_is_equation_5_of_the_paper(batch, alpha: float) -> None:
     assert_same((out.loss,), (truth,))
 
 
+PUSHED = torch.arange(sum(LENGTHS)) % 3 > 0
+# What takes the place of a rejected token's log p; the batch's are from -44 to -0.004.
+BOUNDS = {
+    "unlikelihood": ({"rejected_loss": "unlikelihood"}, lambda lp: -(1 - lp.exp()).log()),
+    "floor": ({"rejected_floor": -12.0}, lambda lp: torch.where(lp < -12, -12.0, lp)),
+    "some pushed": ({"pushed_T": PUSHED}, lambda lp: lp),
+}
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_bounded_negatives_against_plain_torch(batch, bound: str) -> None:
+    """Rejected sequences are 1, 3 (empty) and 4; all their targets from `first` on are valid."""
+    options, function = BOUNDS[bound]
+    x_TH, w_VH, y_T, cu = batch
+    logps = sequences_alone(batch)
+    chosen = sum(logps[i].sum() / max(len(logps[i]), 1) for i in (0, 2, 5)) / 3
+    below = {i: logps[i] < -12 for i in (1, 4)}
+    assert any(b.any() for b in below.values()) and not all(b.all() for b in below.values())
+    rejected = torch.zeros((), dtype=torch.float64)
+    for i in (1, 4):
+        rows = torch.arange(int(cu[i]), int(cu[i + 1]))
+        rows = rows[y_T[rows] >= 0]
+        kept = PUSHED[rows] if bound == "some pushed" else torch.ones(len(rows), dtype=torch.bool)
+        rejected = rejected + function(logps[i])[kept].sum() / len(logps[i]) / 3
+    want = -chosen + 0.7 * rejected
+    out = redi_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN, alpha=0.7, **options)
+    assert_same((out.loss,), (want,))
+    assert_same(gradients(out.loss, x_TH, w_VH), gradients(want, x_TH, w_VH))
+    plain = redi_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN, alpha=0.7)
+    assert_same((out.logps_S, out.logp_T), (plain.logps_S, plain.logp_T))
+    assert torch.equal(out.lengths_S, plain.lengths_S) and not out.logp_T.requires_grad
+
+
+def test_unlikelihood_of_certain_tokens_is_finite_and_pushes_none() -> None:
+    """fp32 cannot tell p from 1 there; what is nearly as sure is pushed by its logit's p."""
+    x_TH = torch.eye(3, 8).requires_grad_()
+    w_VH = torch.zeros(5, 8)
+    w_VH[0, :3] = torch.tensor([200.0, 8.0, 0.0])  # p = 1, 1 - 1.3e-3, 1/5
+    out = redi_loss(
+        x_TH, w_VH, torch.zeros(3, dtype=torch.long), torch.tensor([0, 3]), torch.tensor([False]),
+        alpha=1.0, rejected_loss="unlikelihood",
+    )  # fmt: skip
+    out.loss.backward()
+    assert out.loss.isfinite() and (out.logp_T[0] == 0)
+    assert (x_TH.grad[0] == 0).all()
+    p_T = torch.softmax(torch.tensor([200.0, 8, 0])[:, None] * torch.eye(5)[0], 1)[:, 0]
+    torch.testing.assert_close(x_TH.grad[1, 1], p_T[1] * 8 / 3, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"rejected_loss": "hinge"}, "unlikelihood"),
+        ({"rejected_floor": 0.5}, "below 0"),
+        ({"rejected_floor": -2.0, "rejected_loss": "unlikelihood"}, "rejected_floor"),
+        ({"pushed_T": PUSHED[:-1]}, "pushed_T"),
+        ({"pushed_T": PUSHED.long()}, "pushed_T"),
+    ],
+)
+def test_bad_bounds_are_refused(batch, options, match) -> None:
+    with pytest.raises(ValueError, match=match):
+        redi_loss(*batch, IS_CHOSEN, **options)
+
+
 def test_alpha_zero_is_the_mean_of_per_sequence_nll(batch) -> None:
     x_TH, w_VH, y_T, cu = batch
     all_chosen = torch.ones(len(LENGTHS), dtype=torch.bool)
@@ -115,20 +179,25 @@ def test_upstream_gradient_scales(batch, factor: float, keep_graph: bool) -> Non
         assert_same(got, tuple(factor * g for g in one))
 
 
-def test_any_split_and_order_of_a_batch_gives_the_same_gradient(batch) -> None:
+@pytest.mark.parametrize("bound", [None, *BOUNDS])
+def test_any_split_and_order_of_a_batch_gives_the_same_gradient(batch, bound) -> None:
     x_TH, w_VH, y_T, cu = batch
-    whole = gradients(redi_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN).loss, x_TH, w_VH)
+    options = BOUNDS[bound][0] if bound else {}
+    want = redi_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN, **options).loss
+    whole = gradients(want, x_TH, w_VH)
     counts = {"num_chosen": int(IS_CHOSEN.sum()), "num_rejected": int((~IS_CHOSEN).sum())}
     for order, cuts in (([5, 0, 3, 1, 4, 2], [1, 4]), ([2, 1, 0, 4, 3, 5], [3]), (range(6), [])):
         dx_TH, dw_VH, total = torch.zeros_like(x_TH), torch.zeros_like(w_VH), 0.0
         for micro in torch.tensor(list(order)).tensor_split(cuts):
             rows = torch.cat([torch.arange(int(cu[s]), int(cu[s + 1])) for s in micro])
             micro_cu = F.pad(cu.diff()[micro].cumsum(0), (1, 0)).int()
-            loss = redi_loss(x_TH[rows], w_VH, y_T[rows], micro_cu, IS_CHOSEN[micro], **counts).loss
+            args = x_TH[rows], w_VH, y_T[rows], micro_cu, IS_CHOSEN[micro]
+            mine = {k: v[rows] if k == "pushed_T" else v for k, v in options.items()}
+            loss = redi_loss(*args, **mine, **counts).loss
             grads = gradients(loss, x_TH, w_VH)
             dx_TH, dw_VH, total = dx_TH + grads[0], dw_VH + grads[1], total + loss
         assert_same((dx_TH, dw_VH), whole)
-        assert_same((total,), (redi_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN).loss,))
+        assert_same((total,), (want,))
 
 
 def test_prompts_get_exactly_zero_gradient_and_do_not_matter(batch) -> None:
