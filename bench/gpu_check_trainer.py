@@ -81,7 +81,7 @@ class Bench:
             "train_batch_size": 2,
             "max_steps": STEPS,
             "learning_rate": 1e-6,
-            "gradient_checkpointing": True,
+            "gradient_checkpointing": "selective",
             "save_steps": 10,
             "save_total_limit": 1,
             "collapse_guard": "off",

@@ -31,7 +31,7 @@ def main() -> None:
     ]
     planners: dict[tuple[str, str], Planner] = {}
     for name, changes, gpus, gb in SETUPS:
-        for checkpointing in ("none", "full"):
+        for checkpointing in ("none", "selective", "full"):
             key = (name, checkpointing)
             if key not in planners:
                 start = {"gradient_checkpointing": checkpointing, **changes}

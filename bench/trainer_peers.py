@@ -22,7 +22,7 @@ class Job:
     objective: str  # sft, redi, dpo, simpo
     trainer: str  # redi, or what TRL is to do: trl, trl packed
     micro_batch: int  # TRL: pairs (or traces) a forward; redi: tokens a forward
-    checkpointing: str  # none, full
+    checkpointing: str  # none, full; redi has selective too
     batch: int  # pairs a step
     steps: int
 

@@ -12,7 +12,8 @@ beyond weights, gradients and AdamW's moments. Both compute in float32.
 
 TRL gets more pairs a forward until that no longer makes it quicker; its best is compared. Where the
 difference comes from, for DPO: the same with traces of equal length (nothing to pad), with a
-vocabulary of 256 on top of that (hardly any logits), and without activation checkpointing.
+vocabulary of 256 on top of that (hardly any logits), and other checkpointing. Redi's is selective,
+which TRL has not: it keeps attention's output.
 """
 
 import argparse
@@ -54,12 +55,14 @@ TOKENS = 3328  # ours; about the longest trace
 class Case:
     vocab: int = VOCAB
     equal: bool = False  # lengths
-    checkpointing: str = "full"  # as in the paper's runs, and TRL's default
+    checkpointing: str = "full"  # TRL's; as in the paper's runs, and its default
+    ours: str = "selective"
 
 
 CASES = {
     "paper lengths": Case(),
-    "no checkpointing": Case(checkpointing="none"),
+    "full checkpointing in both": Case(ours="full"),
+    "no checkpointing": Case(checkpointing="none", ours="none"),
     "equal lengths": Case(equal=True),
     "equal lengths, vocabulary of 256": Case(equal=True, vocab=256),
 }
@@ -169,15 +172,17 @@ def run_apart(job: Job, cpu_time: bool) -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def measure(objective: str, case: str, micro_batches: list[int], cpu_time: bool) -> list[dict]:
+def measure(
+    objective: str, case: str, micro_batches: list[int], steps: int, cpu_time: bool
+) -> list[dict]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         make_input(Path(folder), CASES[case])
         for trainer in ("redi", "trl", "trl packed")[: 3 if objective == "sft" else 2]:
             best = 0.0
             for micro_batch in [TOKENS] if trainer == "redi" else micro_batches:
-                how = CASES[case].checkpointing
-                job = Job(Path(folder), objective, trainer, micro_batch, how, BATCH, STEPS)
+                how = CASES[case].ours if trainer == "redi" else CASES[case].checkpointing
+                job = Job(Path(folder), objective, trainer, micro_batch, how, BATCH, steps)
                 row = {"case": case, **asdict(job), **run_apart(job, cpu_time)}
                 del row["folder"]
                 rows.append(row)
@@ -244,6 +249,7 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", default=["redi", "dpo", "simpo", "sft"])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), help="default: all for DPO")
     parser.add_argument("--micro-batches", nargs="+", type=int, default=MICRO_BATCHES)
+    parser.add_argument("--steps", type=int, default=STEPS, help="the first warms up")
     parser.add_argument("--json", type=Path, default=Path("runs/trainer.json"))
     parser.add_argument("--write", type=Path, help="put the tables into this page")
     parser.add_argument("--cpu-time", action="store_true", help="for a machine that others use too")
@@ -258,7 +264,7 @@ def main() -> None:
     for objective in args.objectives:
         for case in args.cases or list(CASES)[: None if objective == "dpo" else 1]:
             print(f"{objective}, {case}", file=sys.stderr)
-            fresh = measure(objective, case, args.micro_batches, args.cpu_time)
+            fresh = measure(objective, case, args.micro_batches, args.steps, args.cpu_time)
             name = lambda row: [row[k] for k in ("objective", "case", "trainer", "micro_batch")]
             again = [name(row) for row in fresh]
             result["rows"] = [row for row in result["rows"] if name(row) not in again] + fresh

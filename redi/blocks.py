@@ -3,12 +3,14 @@
 None of them changes a result beyond rounding; checkpointing does not change a bit.
 """
 
+import functools
 import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from redi.config import TrainConfig
 from redi.errors import RediError
@@ -19,7 +21,7 @@ def prepare(lm: Any, config: TrainConfig, device: torch.device) -> None:
     if config.use_liger_kernel is not False:
         use_liger(lm, device, required=config.use_liger_kernel is True)
     if config.gradient_checkpointing != "none":
-        checkpoint_activations(lm, offload=config.gradient_checkpointing == "offload")
+        checkpoint_activations(lm, config.gradient_checkpointing)
     if config.torch_compile:
         compile_blocks(lm)
 
@@ -44,27 +46,41 @@ def use_liger(lm: Any, device: torch.device, *, required: bool = False) -> None:
         )
 
 
-def checkpoint_activations(lm: Any, *, offload: bool = False) -> None:
-    """Keeps each block's input only and computes the block again in the backward; `offload` keeps
-    that input in (on CUDA: pinned) host memory."""
-    options = {"use_reentrant": False}
+def checkpoint_activations(lm: Any, how: str) -> None:
+    """Keeps each block's input and computes the block again in the backward.
+
+    `full`: that input only. `offload`: it is kept in (on CUDA: pinned) host memory. `selective`:
+    attention's output too, so that attention, as costly as the weights at 30,000 tokens, is not
+    computed again; nor is the last block, whose backward follows at once.
+    """
+    options: dict[str, Any] = {"use_reentrant": False}
+    if how == "selective":
+        keep_attention = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
+        options["context_fn"] = keep_attention
     if hasattr(lm, "activation_checkpointing_enable"):  # the name from transformers 5.2x on
         lm.activation_checkpointing_enable(options)
     else:
         lm.gradient_checkpointing_enable(options)
-    if not offload:
-        return
-
-    def offloaded(checkpoint: Any) -> Any:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with saved_tensors_hooks(_to_host, _from_host):
-                return checkpoint(*args, **kwargs)
-
-        return run
-
-    for module in lm.modules():
+    if how == "selective":
+        lm.model.layers[-1].gradient_checkpointing = False
+    for module in lm.modules() if how == "offload" else ():
         if getattr(module, "gradient_checkpointing", False):
-            module._gradient_checkpointing_func = offloaded(module._gradient_checkpointing_func)
+            module._gradient_checkpointing_func = _offloaded(module._gradient_checkpointing_func)
+
+
+def _keep_attention(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Any fused kernel's: SDPA's on CPU and CUDA, flash-attn's. (Softcapped or windowed attention
+    without flash-attn has none, and is computed again.)"""
+    is_attention = any(name in operator.name() for name in ("scaled_dot_product", "flash_attn"))
+    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _offloaded(checkpoint: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with saved_tensors_hooks(_to_host, _from_host):
+            return checkpoint(*args, **kwargs)
+
+    return run
 
 
 def _to_host(tensor: Tensor) -> tuple[torch.device, Tensor]:

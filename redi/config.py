@@ -259,10 +259,10 @@ class TrainConfig(Strict):
         description="compute in bfloat16 over float32 master weights; default: on CUDA, not on CPU",
     )
     trust_remote_code: bool = False
-    gradient_checkpointing: Literal["none", "full", "offload"] = Field(
+    gradient_checkpointing: Literal["none", "selective", "full", "offload"] = Field(
         "none",
         description="full (or true): keep each block's input only and compute the block again; "
-        "offload: keep that input in host memory",
+        "selective: keep attention's output too; offload: keep the input in host memory",
     )
     use_liger_kernel: bool | None = Field(
         None,

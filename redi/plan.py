@@ -18,7 +18,8 @@ from redi.rehearsal import Bytes, rehearse
 from redi.schedule import Schedule
 
 GIB = 2**30
-ASSUMED_MFU = {"none": 0.40, "full": 0.30, "offload": 0.28}  # recomputing is a quarter of the work
+# Recomputing is a quarter of the work; without attention and the last block, a fifth.
+ASSUMED_MFU = {"none": 0.40, "selective": 0.32, "full": 0.30, "offload": 0.28}
 CUDA_CONTEXT = 0.8 * GIB  # driver, cuBLAS and NCCL
 FRAGMENTATION = 1.05  # what the allocator holds over what is in use
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -93,15 +94,16 @@ class Planner:
     def remedies(self, gpus: int, limit: float) -> list[str]:
         """Single changes after which the recipe fits, the cheapest first."""
         tried: list[tuple[str, int, dict[str, Any]]] = []
-        if self.config.gradient_checkpointing == "none":
-            tried.append(("gradient_checkpointing: full", gpus, {"gradient_checkpointing": "full"}))
+        kinds = list(ASSUMED_MFU)  # each keeps less than the one before
+        thriftier = kinds[kinds.index(self.config.gradient_checkpointing) + 1 :]
+        recompute = [(f"gradient_checkpointing: {how}", gpus, {"gradient_checkpointing": how})
+                     for how in thriftier]  # fmt: skip
+        tried += recompute[:-1]
         smaller = max(self.config.max_tokens_per_batch // 2, self.config.max_length)
         if smaller < tokens_per_pack(self.config):
             text = f"max_tokens_per_batch: {smaller}"
             tried.append((text, gpus, {"max_tokens_per_batch": smaller}))
-        if self.config.gradient_checkpointing != "offload":
-            change = {"gradient_checkpointing": "offload"}
-            tried.append(("gradient_checkpointing: offload", gpus, change))
+        tried += recompute[-1:]
         tried += [(f"{n} GPUs", n, {}) for n in GPU_COUNTS if n > gpus]
         found = []
         for text, count, change in tried:

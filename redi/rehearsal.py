@@ -198,31 +198,38 @@ def _is_tensor(leaf: Any) -> bool:
 
 
 def _register_flash() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface
 
     AttentionInterface.register(FLASH, _flash)
-    AttentionMaskInterface.register(FLASH, lambda *args, **kwargs: None)
 
 
 def _flash(module: Any, q_1ATD: Tensor, k_1KTD: Tensor, v_1KTD: Tensor, mask: None, **_: Any):
-    return _FlashShapes.apply(*(z.transpose(1, 2) for z in (q_1ATD, k_1KTD, v_1KTD))), None
+    return _flash_attn_shapes(*(z.transpose(1, 2) for z in (q_1ATD, k_1KTD, v_1KTD)))[0], None
 
 
-class _FlashShapes(torch.autograd.Function):
+@torch.library.custom_op("redi::flash_attn_shapes", mutates_args=())
+def _flash_attn_shapes(q_1TAD: Tensor, k_1TKD: Tensor, v_1TKD: Tensor) -> tuple[Tensor, Tensor]:
     """What FlashAttention 2 keeps and uses: q, k, v, out and a log-sum-exp a head; in its backward
-    dQ in fp32 and dK, dV for every query head."""
+    dQ in fp32 and dK, dV for every query head. An operator, as the real one is: checkpointing
+    knows it by its name (redi/blocks.py)."""
+    raise NotImplementedError("only shapes")
 
-    @staticmethod
-    def forward(ctx, q_1TAD, k_1TKD, v_1TKD):
-        out_1TAD = torch.empty_like(q_1TAD, memory_format=torch.contiguous_format)
-        lse_AT = q_1TAD.new_empty(q_1TAD.shape[2], q_1TAD.shape[1], dtype=torch.float32)
-        ctx.save_for_backward(q_1TAD, k_1TKD, v_1TKD, out_1TAD, lse_AT)
-        return out_1TAD
 
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, _, lse_AT = ctx.saved_tensors
-        used = [q.new_empty(q.shape, dtype=torch.float32), torch.empty_like(lse_AT)]
-        if k.shape != q.shape:
-            used += [torch.empty_like(q), torch.empty_like(q)]
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+@_flash_attn_shapes.register_fake
+def _(q_1TAD: Tensor, k_1TKD: Tensor, v_1TKD: Tensor) -> tuple[Tensor, Tensor]:
+    out_1TAD = torch.empty_like(q_1TAD, memory_format=torch.contiguous_format)
+    return out_1TAD, q_1TAD.new_empty(q_1TAD.shape[2], q_1TAD.shape[1], dtype=torch.float32)
+
+
+def _flash_backward(ctx: Any, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, _, lse_AT = ctx.saved_tensors
+    used = [q.new_empty(q.shape, dtype=torch.float32), torch.empty_like(lse_AT)]
+    if k.shape != q.shape:
+        used += [torch.empty_like(q), torch.empty_like(q)]
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+_flash_attn_shapes.register_autograd(
+    _flash_backward,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output),
+)

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from redi import blocks
 from redi.config import TrainConfig, make_config
@@ -37,14 +39,16 @@ def test_checkpointing_and_offloading_change_no_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(blocks, "_to_host", lambda t: offloads.append(t.nbytes) or real(t))
     plain, _ = gradient(tmp_path, gradient_checkpointing="none")
     full, _ = gradient(tmp_path, gradient_checkpointing="full")
+    selective, _ = gradient(tmp_path, gradient_checkpointing="selective")
     assert not offloads
     offloaded, model = gradient(tmp_path, gradient_checkpointing="offload")
     assert len(offloads) % len(model.lm.model.layers) == 0 < sum(offloads)
     assert torch.equal(full, plain)
+    assert torch.equal(selective, plain)
     assert torch.equal(offloaded, full)
 
 
-@pytest.mark.parametrize("how", ["none", "full", "offload"])
+@pytest.mark.parametrize("how", ["none", "selective", "full", "offload"])
 def test_what_checkpointing_keeps(tmp_path, how):
     """Bytes that the forward saves for the backward, in this thread's view of autograd."""
     model = load_model(config(tmp_path, gradient_checkpointing=how))
@@ -60,6 +64,27 @@ def test_what_checkpointing_keeps(tmp_path, how):
     assert (in_blocks > 20 * states) == (how == "none")
 
 
+@pytest.mark.parametrize(
+    ("how", "attentions", "mlps"), [("none", 3, 3), ("selective", 3, 5), ("full", 6, 6)]
+)
+def test_what_is_computed_again(tmp_path, how, attentions, mlps):
+    """Of three blocks; selective spares attention, and all of the last block."""
+    model = load_model(config(tmp_path, gradient_checkpointing=how))
+    calls = Counter()
+    for layer in model.lm.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.update(["mlp"]))
+    pack = pack_traces(_traces(tmp_path)[:1], 200)[0]  # one trace: one call of SDPA
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls["attention"] += func.name().endswith("attention_for_cpu")
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        model(pack, lambda x_TH, *_: x_TH.sin().sum()).backward()
+    assert calls == {"attention": attentions, "mlp": mlps}
+
+
 def _traces(folder):
     settings = config(folder)
     data = load_data(settings, load_tokenizer(settings))
@@ -67,9 +92,11 @@ def _traces(folder):
 
 
 def test_users_of_transformers_write_true(tmp_path):
-    for written, meant in [(True, "full"), (False, "none"), ("offload", "offload")]:
+    for written, meant in [(True, "full"), (False, "none"), ("selective", "selective")]:
         assert config(tmp_path, gradient_checkpointing=written).gradient_checkpointing == meant
-    with pytest.raises(RediError, match=r"gradient_checkpointing.*'none', 'full' or 'offload'"):
+    with pytest.raises(
+        RediError, match=r"gradient_checkpointing.*'none', 'selective', 'full' or 'offload'"
+    ):
         config(tmp_path, gradient_checkpointing="some")
 
 
@@ -138,7 +165,7 @@ def test_compiled_blocks_compute_the_same(tmp_path):
     plain, _ = gradient(tmp_path)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    for checkpointing in ("none", "offload"):
+    for checkpointing in ("none", "offload", "selective"):
         compiled, _ = gradient(tmp_path, torch_compile=True, gradient_checkpointing=checkpointing)
         assert (compiled - plain).norm() < 2e-6 * plain.norm()
     counters = torch._dynamo.utils.counters

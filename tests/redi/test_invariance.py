@@ -57,7 +57,7 @@ def test_two_ranks(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize("objective", trajectories.OBJECTIVES)
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
 def test_the_command_on_ranks(tmp_path, objective, num_ranks, checkpointing):
     """The real command line; budgets of one trace (pair) leave ranks short at four ranks."""
     recipe = tmp_path / "recipe.yaml"

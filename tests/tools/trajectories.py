@@ -32,6 +32,7 @@ SPLITS = {
     "uneven packs": ({"max_tokens_per_batch": 96}, False),
     "one at a time": ({"max_tokens_per_batch": 1}, False),
     "reversed, uneven packs": ({"max_tokens_per_batch": 96}, True),
+    "selective": ({"max_tokens_per_batch": 96, "gradient_checkpointing": "selective"}, False),
     "checkpointed": ({"max_tokens_per_batch": 96, "gradient_checkpointing": "full"}, False),
     "offloaded": ({"max_tokens_per_batch": 96, "gradient_checkpointing": "offload"}, False),
 }
