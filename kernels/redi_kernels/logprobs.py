@@ -9,7 +9,8 @@ each as one opaque node with known shapes:
     logprobs_backward   3 U   gradients from recomputed logits; the coefficients arrive in backward
     weighted            3 U   logp, and the gradients of sum(weight * logp) at once
 
-With a tolerance the latter two take `fast.py`'s one function instead, and report what it left out.
+With a tolerance the latter two take fast mode's one function instead (`fast.py`, `triton/fast.py`),
+and report what it left out.
 
 Ignored tokens leave before any matmul. How many stay is data, so on a GPU each operator waits for
 the device once, unless the caller knows it (`num_valid`); nothing else here does. Out-of-range
@@ -87,7 +88,7 @@ def token_logprobs(
         num_valid: how many targets are not `ignore_index`, where the host knows: then nothing waits
             for the GPU. A wrong number raises as a wrong target does.
         tolerance: 0 is exact. Above, gradients may have this many times the RMS error that rounding
-            d(logits) to bf16 costs, and cost less: docs/fast-mode.md. CPU backend only.
+            d(logits) to bf16 costs, and cost less: docs/fast-mode.md. Not for fp16.
         backend: None picks triton on CUDA, blocked torch ("cpu") elsewhere; "reference" is the
             textbook with full logits.
 
@@ -279,7 +280,7 @@ def _logprobs_backward(
     head = Head(bias, softcap, logit_scale)
     x_NH, dlogp_N, dlse_N = map(valid.take, (x_TH, dlogp_T, dlse_T))
     if tolerance:
-        _, *grads, report = fast.gradients(
+        _, *grads, report = _fast(backend).gradients(
             x_NH, w_VH, valid.y_N, dlogp_N, dlse_N, head, needs, tolerance
         )
         return *_gradients(valid, x_TH, bias, *grads), *_report(valid, logp_T, report)
@@ -304,7 +305,7 @@ def _weighted(
     x_NH, weight_N, report = valid.take(x_TH), valid.take(weight_T), None
     if tolerance and any(needs):
         zero_N = torch.zeros_like(weight_N)
-        logp_N, *grads, report = fast.gradients(
+        logp_N, *grads, report = _fast(backend).gradients(
             x_NH, w_VH, valid.y_N, weight_N, zero_N, head, needs, tolerance
         )
     else:
@@ -397,3 +398,7 @@ def _report(valid, logp_T, report=None):
 
 def _load(backend: str) -> ModuleType:
     return importlib.import_module(f"redi_kernels.{backend}")
+
+
+def _fast(backend: str) -> ModuleType:
+    return fast if backend == "cpu" else _load(backend)

@@ -5,9 +5,10 @@
     matmul.py      dX and dW
     primitive.py   log-probs, and gradients for coefficients that come later (4 U in all)
     weighted.py    gradients for weights known beforehand, made in the forward (3 U)
+    fast.py        gradients of either kind with a tolerance (1 + 2f U)
     config.py, launch.py, tiles.py   shapes, launches, device functions
 
-This module is the backend: three functions over tensors on one device, called by the custom ops in
+This module is the backend: four functions over tensors on one device, called by the custom ops in
 logprobs.py, which have dropped ignored rows and validated everything.
 """
 
@@ -16,9 +17,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from redi_kernels.fast_plan import Report
 from redi_kernels.head import Head
 from redi_kernels.triton import config as configs
-from redi_kernels.triton import launch, primitive
+from redi_kernels.triton import fast, launch, primitive
 from redi_kernels.triton import weighted as fused
 
 Needs = tuple[bool, bool, bool]
@@ -60,6 +62,16 @@ def weighted(
         )
 
 
+def gradients(
+    x_NH: Tensor, w_VH: Tensor, y_N: Tensor, dlogp_N: Tensor, dlse_N: Tensor, head: Head,
+    needs: Needs, tolerance: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Report]:  # fmt: skip
+    """(logp_N, dx_NH, dw_VH, db_V, report) of sum(dlogp * logp + dlse * lse), in fast mode."""
+    with launch.on_device(x_NH):
+        problem = _problem(x_NH, w_VH, y_N, head)
+        return fast.gradients(problem, dlogp_N.float(), dlse_N.float(), needs, tolerance)
+
+
 def _problem(x_NH: Tensor, w_VH: Tensor, y_N: Tensor, head: Head) -> launch.Problem:
     config = configs.select(x_NH.device, x_NH.dtype)
     x_NH, w_VH = (m if launch.has_rows(m) else m.contiguous() for m in (x_NH, w_VH))
@@ -68,4 +80,4 @@ def _problem(x_NH: Tensor, w_VH: Tensor, y_N: Tensor, head: Head) -> launch.Prob
     return launch.Problem(x_NH, w_VH, y_N, head.bias_V, head.softcap, head.logit_scale, config)
 
 
-__all__ = ["backward", "forward", "weighted"]
+__all__ = ["backward", "forward", "gradients", "weighted"]

@@ -24,7 +24,8 @@ class Tile:
 @dataclass(frozen=True)
 class Config:
     """`logits`: tokens x vocabulary x hidden. `dx`: tokens x hidden x vocabulary. `dw`: vocabulary
-    x hidden x tokens; of several tiles the one whose n pads this H least. `tma`: loads by host
+    x hidden x tokens; of several tiles the one whose n pads this H least (n = 32: fast mode's
+    moments). `tma`: loads by host
     tensor descriptors. `persistent`: one program per SM walks the tiles. `slab_bytes` bounds the
     buffer of d(logits), but a slice of the vocabulary has at least `min_slice` columns: dX's fp32
     sum moves 8 T H bytes per slice, which at 4096 columns is less than a third of the time of the
@@ -62,7 +63,9 @@ _SM80_MATMUL = (
     Tile(128, 128, 64, parts=4),
     Tile(128, 64, 64, warps=4, parts=2),
 )
-SM80 = Config(Tile(128, 128, 64, parts=4), _SM80_MATMUL, _SM80_MATMUL)
+SM80 = Config(
+    Tile(128, 128, 64, parts=4), _SM80_MATMUL, (*_SM80_MATMUL, Tile(128, 32, 64, warps=4))
+)
 # Hopper: 128 x 256 on two warp groups is the largest tile whose fp32 accumulator (128 registers a
 # thread) leaves room for an epilogue, and at 85 FLOP per byte of L2 traffic it is needed. Four
 # stages fill 227 KiB. Strips of 32 (logits) and 64 columns keep all variants free of spills.
@@ -72,14 +75,18 @@ _SM90_MATMUL = (
     Tile(256, 64, 64, stages=4, parts=2),
 )
 SM90 = Config(
-    Tile(128, 256, 64, stages=4, parts=8), _SM90_MATMUL, _SM90_MATMUL, tma=True, persistent=True
+    Tile(128, 256, 64, stages=4, parts=8),
+    _SM90_MATMUL,
+    (*_SM90_MATMUL, Tile(256, 32, 64, stages=4)),
+    tma=True,
+    persistent=True,
 )
 # fp32 runs on the ordinary cores: tf32 would not be the fp32 that was asked for.
 _FP32_TILE = Tile(128, 64, 16)
-FP32 = Config(_FP32_TILE, (_FP32_TILE,), (_FP32_TILE,))
+FP32 = Config(_FP32_TILE, (_FP32_TILE,), (_FP32_TILE, Tile(128, 32, 16)))
 # AMD: 64 KiB of LDS.
 _CDNA_TILE = Tile(128, 128, 32, stages=2, parts=4)
-CDNA = Config(_CDNA_TILE, (_CDNA_TILE,), (_CDNA_TILE,))
+CDNA = Config(_CDNA_TILE, (_CDNA_TILE,), (_CDNA_TILE, Tile(128, 32, 32, warps=4, stages=2)))
 
 
 def select(device: torch.device, dtype: torch.dtype) -> Config:

@@ -174,23 +174,34 @@ def finish(
     )  # fmt: skip
 
 
+@dataclass
+class Listed:
+    """The slab's columns as a list of vocabulary rows, ascending: index_V[:count]. The device's."""
+
+    index_V: Tensor  # int64
+    count: Tensor  # int32 [], at least 1
+
+
 def matmul(
     config: Config, tiles: tuple[Tile, ...], a: Tensor, b_KN: Tensor, out_MN: Tensor, *,
     transposed: bool, num_k: int, first_k: int = 0, alpha: float = 1.0,
-    scale_M: Tensor | None = None, acc_MN: Tensor | None = None,
+    scale_M: Tensor | None = None, acc_MN: Tensor | None = None, listed: Listed | None = None,
 ) -> None:  # fmt: skip
-    """out = acc + scale * alpha * (a or a.T) @ b[first_k : first_k + num_k]; one rounding."""
+    """out = acc + scale * alpha * (a or a.T) @ b[first_k : first_k + num_k]; one rounding. With a
+    list, a's columns stand for those rows of b, or of acc and out (transposed)."""
     M, N = out_MN.shape
     tile = fitting(tiles, N)
     a_block = (tile.k, tile.m) if transposed else (tile.m, tile.k)
     grid = num_programs(config, b_KN.device, triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n))
     matmul_kernel[(grid,)](
-        operand(a, a_block, config.tma), operand(b_KN, (tile.k, tile.n), config.tma),
-        acc_MN, out_MN, scale_M,
+        operand(a, a_block, config.tma),
+        operand(b_KN, (tile.k, tile.n), config.tma and (transposed or not listed)),
+        acc_MN, out_MN, scale_M, listed and listed.index_V, listed and listed.count,
         M, N, b_KN.shape[0], first_k, num_k, a.stride(0), b_KN.stride(0),
         acc_MN.stride(0) if acc_MN is not None else 0, out_MN.stride(0), alpha,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=tile.group, PARTS=tile.parts,
         TRANSPOSED=transposed, HAS_SCALE=scale_M is not None, ACCUMULATE=acc_MN is not None,
+        LISTED=listed is not None,
         EVEN_N=N % tile.n == 0, TMA=config.tma, FLATTEN=config.persistent,
         PRECISION=config.precision, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -204,10 +215,24 @@ def patch(problem: Problem, slab_TV: Tensor, value_T: Tensor, first_v: int, num_
     )
 
 
-def column_sum(slab_TV: Tensor, scale_T: Tensor | None, acc_V: Tensor, T: int) -> None:
+def column_sum(
+    slab_TV: Tensor, scale_T: Tensor | None, acc_V: Tensor, T: int, listed: Listed | None = None
+) -> None:
     """acc_v += sum_t scale_t slab_tv over the first T rows and acc's columns."""
     block_v = 64
     reduce.column_kernel[(triton.cdiv(acc_V.numel(), block_v),)](
-        slab_TV, scale_T, acc_V, T, acc_V.numel(), slab_TV.stride(0),
-        BLOCK_T=64, BLOCK_V=block_v, HAS_SCALE=scale_T is not None,
+        slab_TV, scale_T, acc_V, listed and listed.index_V, listed and listed.count,
+        T, acc_V.numel(), slab_TV.stride(0), BLOCK_T=64, BLOCK_V=block_v,
+        HAS_SCALE=scale_T is not None, LISTED=listed is not None,
     )  # fmt: skip
+
+
+def compact(problem: Problem, slab_TV: Tensor, listed: Listed, total_T: Tensor) -> Tensor:
+    """The slab's listed columns move to its left; returns what each row's others sum to."""
+    T, V, _ = problem.sizes
+    lost_T, block_t = problem.new(T).zero_(), 2
+    reduce.compact_kernel[(triton.cdiv(T, block_t),)](
+        slab_TV, listed.index_V, listed.count, total_T, lost_T, T, V, slab_TV.stride(0),
+        slab_TV.shape[1], BLOCK_T=block_t, BLOCK_V=1024,
+    )  # fmt: skip
+    return lost_T

@@ -4,6 +4,7 @@ reduce_kernel   statistics of tiles -> lse, logp, entropy, arg-max correctness
 anchor_kernel   z_y = head(x_t . w_{y_t}), the fused path's first guess at lse
 patch_kernel    the target's column of d(logits)
 column_kernel   db_v = sum_t s_t g_tv
+compact_kernel  the slab's active columns, side by side (fast.py)
 """
 
 import triton
@@ -108,13 +109,19 @@ def patch_kernel(
 
 @triton.jit
 def column_kernel(
-    slab_TV, scale_ptr, acc_ptr, T, num_v, slab_stride,
-    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, HAS_SCALE: tl.constexpr,
+    slab_TV, scale_ptr, acc_ptr, index_ptr, count_ptr, T, num_v, slab_stride,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, HAS_SCALE: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    """acc_v += sum_t s_t g_tv, one program per BLOCK_V columns (the bias's gradient)."""
+    """acc_v += sum_t s_t g_tv, one program per BLOCK_V columns (the bias's gradient); LISTED as in
+    matmul.py."""
+    if LISTED:
+        num_v = tl.load(count_ptr)
     cols = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_v = cols < num_v
-    total = tl.load(acc_ptr + cols, mask=in_v, other=0.0)
+    place = cols
+    if LISTED:
+        place = tl.load(index_ptr + cols, mask=in_v, other=0)
+    total = tl.load(acc_ptr + place, mask=in_v, other=0.0)
     for t in range(0, T, BLOCK_T):
         rows = t + tl.arange(0, BLOCK_T)
         inside = (rows < T)[:, None] & in_v[None, :]
@@ -123,4 +130,34 @@ def column_kernel(
         if HAS_SCALE:
             g = g * tl.load(scale_ptr + rows, mask=rows < T, other=0.0)[:, None]
         total += tl.sum(g, 0)
-    tl.store(acc_ptr + cols, total, mask=in_v)
+    tl.store(acc_ptr + place, total, mask=in_v)
+
+
+@triton.jit
+def compact_kernel(
+    slab_TV, index_ptr, count_ptr, total_ptr, lost_ptr, T, V, slab_stride, slab_columns,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """slab_ta = slab_{t, index_a} for a < count, in place, zeros behind them up to a whole block;
+    lost_t = total_t - sum_a slab_ta, at least 0. Nothing where all columns stay.
+
+    index_a >= a, so what a block of columns overwrites no later block reads; the barrier holds a
+    program's own threads to reading before writing.
+    """
+    count = tl.load(count_ptr)
+    if count < V:
+        rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+        in_t = rows < T
+        start = rows.to(tl.int64)[:, None] * slab_stride
+        kept = tl.zeros((BLOCK_T,), tl.float32)
+        for a in range(0, count, BLOCK_V):
+            cols = a + tl.arange(0, BLOCK_V)
+            from_cols = tl.load(index_ptr + cols, mask=cols < count, other=0)
+            inside = in_t[:, None] & (cols < count)[None, :]
+            g = tl.load(slab_TV + start + from_cols[None, :], mask=inside, other=0.0)
+            kept += tl.sum(g.to(tl.float32), 1)
+            tl.debug_barrier()
+            inside = in_t[:, None] & (cols < slab_columns)[None, :]
+            tl.store(slab_TV + start + cols[None, :], g, mask=inside)
+        total = tl.load(total_ptr + rows, mask=in_t, other=0.0)
+        tl.store(lost_ptr + rows, tl.maximum(total - kept, 0.0), mask=in_t)

@@ -51,6 +51,22 @@ def load_tile(
 
 
 @triton.jit
+def load_listed(
+    matrix, stride, index_ptr, first, count, col, num_cols, ROWS: tl.constexpr,
+    COLS: tl.constexpr, EVEN_COLS: tl.constexpr,
+):  # fmt: skip
+    """`matrix[index[first : first + ROWS], col : col + COLS]`; row 0 past the `count`-th."""
+    place = first + tl.arange(0, ROWS)
+    rows = tl.load(index_ptr + place, mask=place < count, other=0)
+    cols = col + tl.arange(0, COLS)
+    offsets = rows[:, None] * stride + cols[None, :]
+    if EVEN_COLS:
+        return tl.load(matrix + offsets)
+    else:
+        return tl.load(matrix + offsets, mask=(cols < num_cols)[None, :], other=0.0)
+
+
+@triton.jit
 def columns(z, PARTS: tl.constexpr):
     """An accumulator as PARTS (a power of two) tensors of neighbouring columns, left to right.
 

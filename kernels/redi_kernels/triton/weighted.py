@@ -56,13 +56,15 @@ def weighted(
         chunk = p.chunk(first, first + per_chunk)
         num_t = chunk.sizes[0]
         rows = slice(first, first + num_t)
-        scale_T, xs_TH = scaled_softmax(chunk, slab_TV, weight_T[rows], logp_T[rows])
+        scale_T, patch_T, _ = softmax(chunk, slab_TV, weight_T[rows], logp_T[rows])
+        launch.patch(chunk, slab_TV, patch_T, 0, V)
         if dx_TH is not None:
             launch.matmul(
                 config, config.dx, slab_TV, p.w_VH, dx_TH[rows], transposed=False, num_k=V,
                 scale_M=scale_T, alpha=p.logit_scale,
             )  # fmt: skip
         if dw is not None:
+            xs_TH = (chunk.x_TH * scale_T[:, None]).to(chunk.x_TH.dtype)
             so_far, out = dw.next()
             launch.matmul(
                 config, config.dw, slab_TV, xs_TH, out, transposed=True, num_k=num_t,
@@ -73,11 +75,12 @@ def weighted(
     return logp_T, dx_TH, dw.out if dw else None, db_V
 
 
-def scaled_softmax(
+def softmax(
     chunk: Problem, slab_TV: Tensor, weight_T: Tensor, logp_T: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Row scales s and s * x of one chunk; fills slab_TV with g and logp_T."""
-    T, V, H = chunk.sizes
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row scales s, targets' elements Z (p_y - 1) and targets' logits of one chunk; fills slab_TV
+    with Z p and logp_T."""
+    T, _, H = chunk.sizes
     x = chunk.x_TH
     c_T, scale_T, patch_T = chunk.new(T), chunk.new(T), chunk.new(T)
     reduce.anchor_kernel[(triton.cdiv(T, 16),)](
@@ -91,8 +94,7 @@ def scaled_softmax(
     rows = Fused(weight_T, c_T, active, scale_T, patch_T, LIMIT)
     launch.finish(chunk, stats, logp_T, fused=rows)
     launch.logits(chunk, slab=Slab(slab_TV, c_T, active=active))
-    launch.patch(chunk, slab_TV, patch_T, 0, V)
-    return scale_T, (x * scale_T[:, None]).to(x.dtype)
+    return scale_T, patch_T, stats.target_T
 
 
 def chunk_tokens(problem: Problem) -> int:
