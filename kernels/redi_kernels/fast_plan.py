@@ -50,9 +50,9 @@ def active_rows(s_V: Tensor, y_N: Tensor, limit: Tensor) -> tuple[Tensor, Tensor
     energies are integers, so that no order of adding them changes a bit.
     """
     r_V = s_V.double() / limit.clamp(min=torch.finfo(torch.float64).tiny)
-    r_V = r_V.nan_to_num_(torch.inf, torch.inf).index_fill(0, y_N, torch.inf)
-    bin_V = ((r_V.log2() * PER_OCTAVE) + BINS).clamp_(0, BINS).long()  # the last: s >= limit
-    energy_V = r_V.square_().clamp_(max=1).mul_(ONE).long()
+    r_V = r_V.index_fill(0, y_N, torch.inf)
+    bin_V = (r_V.log2() * PER_OCTAVE + BINS).nan_to_num_(torch.inf).clamp_(0, BINS).long()
+    energy_V = r_V.square_().clamp_(max=1).mul_(ONE).long()  # the last bin: s >= limit, or NaN
     cum_b = energy_V.new_zeros(BINS + 1).scatter_add_(0, bin_V, energy_V).cumsum(0)
     fits_b = cum_b[:BINS] <= ONE
     left = cum_b[:BINS].where(fits_b, 0).amax().double() / ONE

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from gradcheck_tools import Problem, Result, errors, make_problem, textbook
+from gradcheck_tools import Problem, Result, errors, make_problem, text, textbook
 from redi_kernels import cpu, dpo_loss, fast, fast_plan, sft_loss, token_logprobs
 from redi_kernels.logprobs import Fast, weighted_logprobs
 from torch import Tensor
@@ -19,24 +19,6 @@ def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "GROUP_BYTES", 512 * 64 * 4)
     for module in (fast, fast_plan):
         monkeypatch.setattr(module, "ROWS", 100)
-
-
-def text(dtype: torch.dtype = torch.float32, **options) -> Problem:
-    """As a model sees it: frequent and rare tokens, states that share directions, likely targets,
-    and REDI's kinds of weights."""
-    T, V, H = 400, 3000, 96
-    problem = make_problem(T, V, H, dtype, ignored=0.0, **options)
-    g = torch.Generator().manual_seed(1)
-    y_T = (V ** torch.rand(T, generator=g)).long() - 1
-    w_VH = problem.w_VH.float()
-    topics = torch.randn(12, H, generator=g) * 0.25
-    x_TH = topics[torch.randint(12, (T,), generator=g)] + 0.05 * torch.randn(T, H, generator=g)
-    x_TH += (0.06 + 0.08 * torch.rand(T, 1, generator=g)) * w_VH[y_T]
-    w_VH[:, 0], x_TH[:, 0] = -1.5 * torch.arange(1, V + 1).log(), 1.0
-    y_T[torch.rand(T, generator=g) < 0.2] = -100
-    for t, value in ((problem.x_TH, x_TH), (problem.w_VH, w_VH), (problem.y_T, y_T)):
-        t.copy_(value)
-    return problem
 
 
 def fused(problem: Problem, tolerance: float) -> tuple[Result, Fast | None]:

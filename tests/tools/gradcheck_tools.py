@@ -83,6 +83,30 @@ def make_problem(
     return Problem(x_TH.to(dtype), w_VH.to(dtype), y_T, dlogp_T, dlse_T, head)
 
 
+def text(
+    dtype: torch.dtype = torch.float32,
+    T: int = 400,
+    V: int = 3000,
+    H: int = 96,
+    likely: float = 0.06,
+    **options,
+) -> Problem:
+    """As a model sees it: frequent and rare tokens, states that share directions, likely targets,
+    and REDI's kinds of weights."""
+    problem = make_problem(T, V, H, dtype, ignored=0.0, **options)
+    g = torch.Generator().manual_seed(1)
+    y_T = (V ** torch.rand(T, generator=g)).long() - 1
+    w_VH = problem.w_VH.float()
+    topics = torch.randn(12, H, generator=g) * 0.25
+    x_TH = topics[torch.randint(12, (T,), generator=g)] + 0.05 * torch.randn(T, H, generator=g)
+    x_TH += (likely + 0.08 * torch.rand(T, 1, generator=g)) * w_VH[y_T]
+    w_VH[:, 0], x_TH[:, 0] = -1.5 * torch.arange(1, V + 1).log(), 1.0
+    y_T[torch.rand(T, generator=g) < 0.2] = -100
+    for t, value in ((problem.x_TH, x_TH), (problem.w_VH, w_VH), (problem.y_T, y_T)):
+        t.copy_(value)
+    return problem
+
+
 def textbook(problem: Problem) -> Result:
     """Logits, log-softmax and autograd, in the problem's own dtype."""
     x_TH, w_VH = (t.detach().clone().requires_grad_() for t in (problem.x_TH, problem.w_VH))

@@ -191,11 +191,15 @@ def matmul(
     list, a's columns stand for those rows of b, or of acc and out (transposed)."""
     M, N = out_MN.shape
     tile = fitting(tiles, N)
+    gathers = listed is not None and not transposed
+    # a load whose address is loaded takes two steps of the pipeline; FFMA hides one by itself
+    is_deep = gathers and b_KN.dtype != torch.float32
+    stages = 2 * tile.stages - 1 if is_deep else tile.stages
     a_block = (tile.k, tile.m) if transposed else (tile.m, tile.k)
     grid = num_programs(config, b_KN.device, triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n))
     matmul_kernel[(grid,)](
         operand(a, a_block, config.tma),
-        operand(b_KN, (tile.k, tile.n), config.tma and (transposed or not listed)),
+        operand(b_KN, (tile.k, tile.n), config.tma and not gathers),
         acc_MN, out_MN, scale_M, listed and listed.index_V, listed and listed.count,
         M, N, b_KN.shape[0], first_k, num_k, a.stride(0), b_KN.stride(0),
         acc_MN.stride(0) if acc_MN is not None else 0, out_MN.stride(0), alpha,
@@ -203,7 +207,7 @@ def matmul(
         TRANSPOSED=transposed, HAS_SCALE=scale_M is not None, ACCUMULATE=acc_MN is not None,
         LISTED=listed is not None,
         EVEN_N=N % tile.n == 0, TMA=config.tma, FLATTEN=config.persistent,
-        PRECISION=config.precision, num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION=config.precision, num_warps=tile.warps, num_stages=stages,
     )  # fmt: skip
 
 
