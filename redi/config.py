@@ -471,16 +471,8 @@ class StudyArm(Strict):
         description="sides of the pairs to replace by the SFT model's own right, wrong samples",
     )
     learning_rates: list[float] = Field(
-        min_length=2, description="to sweep; each 1 or 3 times a power of ten"
+        min_length=2, description="to sweep; best 1 and 3 times powers of ten, as extensions are"
     )
-
-    @field_validator("learning_rates")
-    @classmethod
-    def _half_decades(cls, rates: list[float]) -> list[float]:
-        for rate in rates:
-            if f"{rate:e}"[:5] not in ("1.000", "3.000"):
-                raise ValueError(f"{rate:g} is neither 1 nor 3 times a power of ten")
-        return rates
 
 
 class StudyConfig(Strict):
@@ -496,6 +488,12 @@ class StudyConfig(Strict):
     sweep_seed: int = Field(0, description="chooses the rates, on the validation split")
     seeds: list[int] = Field(description="meet the test split")
     max_extensions: int = Field(2, ge=0, description="of a grid whose best rate is at its edge")
+    followed: list[str] = Field(
+        default_factory=list,
+        description="arms whose accuracy is measured on the way too, on the sweep's seed: at their "
+        "best rate and at the highest one",
+    )
+    num_points: int = Field(6, ge=1, description="of such a curve, besides the start")
 
     @model_validator(mode="after")
     def _consistent(self) -> "StudyConfig":
@@ -505,6 +503,9 @@ class StudyConfig(Strict):
             raise ValueError(f"seed {self.sweep_seed} chooses the rates: it cannot test them too")
         if "sft" in self.arms:
             raise ValueError("an arm cannot be called sft")
+        unknown = sorted(set(self.followed) - set(self.arms))
+        if unknown:
+            raise ValueError(f"followed: {unknown[0]!r} is none of the arms {sorted(self.arms)}")
         return self
 
 

@@ -14,6 +14,7 @@ The results decide what is left to do, so a study goes on after days, without it
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from redi.errors import RediError
 from redi.evaluation.evaluate import evaluate
 from redi.evaluation.results import EvalResult
 from redi.files import write_text
+from redi.follow import Snapshots
 from redi.monitor import read_metrics, say
 from redi.run import Job, run
 from redi.study_report import Report
@@ -138,6 +140,8 @@ class Study:
         for task in self.config.tasks:
             for arm in self.config.arms:
                 self.best_rate(task, arm)
+            for arm in self.config.followed:
+                self.follow(task, arm)
             for seed in self.config.seeds:
                 self.cell(task, "sft", None, seed)
                 for arm in self.config.arms:
@@ -155,6 +159,27 @@ class Study:
                 break
             rates = sorted([*rates, half_decade(best, up=best == rates[-1])])
         return best
+
+    def follow(self, task: str, arm: str) -> None:
+        """Gives the sweep's cells at the best and at the highest rate their `accuracy_curve`; the
+        stage is trained once more for it."""
+        seed = self.config.sweep_seed
+        found = Report(self.config, self.cells)
+        for rate in {found.best(task, arm)["rate"], found.swept(task, arm)[-1]["rate"]}:
+            cell = self.cell(task, arm, rate, seed)
+            if "accuracy_curve" in cell:
+                continue
+            say(f"== study: {task}, {arm} at {rate:g}, on the way")
+            start = self._start(task, seed, "validation")
+            sft, folder = start.folder / "sft", start.folder / f"{arm}-{rate:g}-followed"
+            snapshots = Snapshots(folder, str(sft), self.config.num_points)
+            self._train(start, arm, rate, folder, [snapshots])
+            results = {0: start.sft} | snapshots.evaluate(Job(start.recipe).eval)
+            scores = [measure(result, []) for result in results.values()]
+            curve = {name: [score[name] for score in scores] for name in ("pass@1", "error")}
+            made = {**cell, "accuracy_curve": {"step": list(results), **curve}}
+            if cell in self.cells:  # else its start was another one: it is made anew first
+                self._put([made if x == cell else x for x in self.cells])
 
     def cell(self, task: str, arm: str, rate: float | None, seed: int) -> Cell:
         """One row of the results, read or made."""
@@ -174,7 +199,8 @@ class Study:
         if rate is None:
             result, log, samples = start.sft, [], start.folder / "eval" / "sft"
         else:
-            folder = self._train(start, arm, rate)
+            folder = start.folder / f"{arm}-{rate:g}"
+            self._train(start, arm, rate, folder)
             samples = folder / "eval"
             result = evaluate(folder, Job(start.recipe).eval, samples)
             log = read_metrics(folder / "metrics.jsonl")
@@ -214,11 +240,12 @@ class Study:
                 self._put(kept)
         return self.starts[task, seed]
 
-    def _train(self, start: Start, arm: str, rate: float) -> Path:
+    def _train(
+        self, start: Start, arm: str, rate: float, folder: Path, callbacks: Sequence[Any] = ()
+    ) -> None:
         from redi.train import train
 
         how: StudyArm = self.config.arms[arm]
-        folder = start.folder / f"{arm}-{rate:g}"
         settings = {
             **start.recipe.defaults,
             "objective": "redi",
@@ -233,8 +260,7 @@ class Study:
         stage = make_config(TrainConfig, settings, arm)
         # The same number of steps for every arm, however many of its rows were left out.
         stage.max_steps = math.ceil(len(start.pairs) / stage.train_batch_size)
-        train(stage, name=arm)
-        return folder
+        train(stage, callbacks, name=arm)
 
     def _habits(self, task: str, samples: Path) -> Cell:
         """How the samples of a generated task were worked out, right or wrong."""
@@ -252,11 +278,11 @@ class Study:
 
 
 def half_decade(rate: float, *, up: bool) -> float:
-    """The rate's neighbour in 1e-5, 3e-5, 1e-4, 3e-4, ..."""
-    digit, exponent = f"{rate:.0e}".split("e")
-    if digit == "1":
-        return float(f"3e{int(exponent) - (not up)}")
-    return float(f"1e{int(exponent) + up}")
+    """The next rate above, or below, in 1e-5, 3e-5, 1e-4, 3e-4, ..."""
+    decade = math.floor(math.log10(rate))
+    grid = [float(f"{digit}e{decade + shift}") for shift in (-1, 0, 1) for digit in (1, 3)]
+    beyond = [x for x in grid if (x > rate if up else x < rate)]
+    return beyond[0] if up else beyond[-1]
 
 
 def measure(result: EvalResult, log: list[dict[str, float]]) -> Cell:

@@ -48,9 +48,15 @@ class Report:
             if panels:
                 draw_panels(panels, len(panels), folder / f"{name}.png", title)
                 parts.append(f"![{title}]({name}.png)\n")
-        panels = [panel for task in self.tasks for panel in self.step_panels(task)]
-        draw_panels(panels, 3, folder / "steps.png", "Stage 2, healthy and collapsing")
-        parts.append("![log-probs and update size against step](steps.png)\n")
+        others = [x for x in self.config.followed or self.config.arms if x != self.config.baseline]
+        for i in range(0, max(len(others), 1), 2):
+            arms, name = others[i : i + 2], f"steps-{i // 2 + 1}" if i else "steps"
+            title = f"Against step, healthy and collapsing: {', '.join(arms)}"
+            rows = [self.step_panels(task, arms) for task in self.tasks]
+            panels = [panel for row in rows for panel in row]
+            if panels:
+                draw_panels(panels, len(rows[0]), folder / f"{name}.png", title)
+                parts.append(f"![{title}]({name}.png)\n")
         file = folder / "report.md"
         write_text(file, "\n".join(parts))
         return file
@@ -63,8 +69,8 @@ class Report:
         return sorted(found, key=lambda cell: cell["rate"] or 0)
 
     def tested(self, task: str, arm: str) -> list[Cell]:
-        """An arm's test cells, by seed."""
-        found = self._cells(task=task, arm=arm, split="test")
+        """An arm's test cells at the sweep's best rate, by seed."""
+        found = self._cells(task=task, arm=arm, split="test", rate=self.best(task, arm)["rate"])
         return sorted(found, key=lambda cell: cell["seed"])
 
     def _cells(self, **key: Any) -> list[Cell]:
@@ -186,15 +192,17 @@ class Report:
             lines["best rates, test seeds"] = _line(scores, list(scores.values()))
         return Panel(f"{task}: pass@1, percent", "alpha", lines, ticks=sorted(alphas))
 
-    def step_panels(self, task: str) -> list[Panel]:
-        """The control, REDI at alpha 0.8 and 1 at their best and at the highest rate tried."""
+    def step_panels(self, task: str, arms: Sequence[str]) -> list[Panel]:
+        """The baseline at its best rate, `arms` at theirs and at the highest tried."""
         chosen: dict[str, Cell] = {}
-        for arm in self.config.arms:
+        for arm in (self.config.baseline, *arms):
             cells = self.swept(task, arm)
-            if cells and arm in (self.config.baseline, "redi-0.8", "redi-1"):
+            if cells:
                 chosen[f"{arm}, best rate"] = self.best(task, arm)
                 if arm != self.config.baseline:
                     chosen[f"{arm}, highest rate"] = cells[-1]
+        accuracy = {name: _on_the_way(cell) for name, cell in chosen.items()}
+        accuracy = {name: line for name, line in accuracy.items() if line}
         curves = {name: dict(cell["curve"]) for name, cell in chosen.items()}
         for curve in curves.values():
             norms, rates = curve["grad_norm"], curve["learning_rate"]
@@ -205,7 +213,8 @@ class Report:
             "update": "gradient norm x learning rate",
         }
         lines = {key: {name: (c["step"], c[key]) for name, c in curves.items()} for key in titles}
-        return [
+        panels = [Panel(f"{task}: pass@1, percent", "step", accuracy)]
+        return (panels if any("accuracy_curve" in cell for cell in self.cells) else []) + [
             Panel(f"{task}: {title}", "step", lines[key], log_y=True)
             for key, title in titles.items()
         ]
@@ -215,6 +224,15 @@ def _normal(cell: Cell) -> Interval:
     """In percent: one model's score, with the 95% interval that the choice of problems leaves."""
     score, half = 100 * cell["pass@1"], 196 * cell["error"]
     return Interval(score, score - half, score + half)
+
+
+def _on_the_way(cell: Cell) -> tuple[list[float], ...]:
+    """In percent against step; empty if it was not measured."""
+    curve = cell.get("accuracy_curve")
+    if curve is None:
+        return ()
+    scores = zip(curve["pass@1"], curve["error"], strict=True)
+    return _line(curve["step"], [_normal({"pass@1": s, "error": e}) for s, e in scores])
 
 
 def _line(x: Iterable[float], scores: Sequence[Interval]) -> tuple[list[float], ...]:

@@ -68,7 +68,9 @@ def train(
         data = replace(data, traces=with_reference(data.traces, model, config, ranks))
         held_out = with_reference([held_out], model, config, ranks)[0] if held_out else []
     loop = Loop(config, model, data, identity, ranks, held_out)
-    state = TrainState(total_steps=loop.schedule.total_steps, output_dir=output_dir, name=name)
+    state = TrainState(
+        total_steps=loop.schedule.total_steps, output_dir=output_dir, name=name, model=model.lm
+    )
     loop.resume(state)
     listeners: list[Any] = []
     if ranks.is_main:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from redi.config import StudyConfig, load_config, make_config
 from redi.data.read import read_rows
@@ -54,6 +56,8 @@ def settings(folder: Path, **changes) -> dict:
         "arms": ARMS,
         "seeds": [1],
         "max_extensions": 0,
+        "followed": ["own"],  # at 1e-4 it scores, at 1e-3 it does not
+        "num_points": 2,
     } | changes
 
 
@@ -87,6 +91,29 @@ def test_every_cell_once_on_its_split(done):
     assert len(steps) == 1  # equal compute, whatever rows an arm lacks
 
 
+def test_accuracy_on_the_way(done):
+    """At the best and at the highest rate of the sweep; it starts as SFT and ends as its cell."""
+    (sft,) = (c for c in cells(done) if c["arm"] == "sft" and c["seed"] == 0)
+    followed = [c for c in cells(done) if "accuracy_curve" in c]
+    swept = [c for c in cells(done) if c["arm"] == "own" and c["seed"] == 0]
+    best = max(swept, key=lambda c: c["pass@1"])["rate"]
+    assert {c["rate"] for c in followed} == {best, 1e-3}
+    for cell in followed:
+        assert (cell["arm"], cell["split"]) == ("own", "validation")
+        curve, last = cell["accuracy_curve"], cell["curve"]["step"][-1]
+        assert curve["step"] == [0, round(last / 2), last]
+        for name in ("pass@1", "error"):
+            assert (curve[name][0], curve[name][-1]) == (sft[name], cell[name])
+        snapshots = done / "runs" / "tiny" / "seed-0" / f"own-{cell['rate']:g}-followed"
+        middle, end = (
+            load_file(snapshots / f"step-{step}" / "model.safetensors")
+            for step in curve["step"][1:]
+        )
+        exported = load_file(snapshots / "model.safetensors")
+        assert all(torch.equal(end[name], tensor) for name, tensor in exported.items())
+        assert any(not torch.equal(middle[name], tensor) for name, tensor in exported.items())
+
+
 def test_own_samples_replace_the_wrong_traces_only(done):
     folder = done / "runs" / "tiny" / "seed-0"
     teacher = {row["id"]: row for _, row in read_rows(folder / "data" / "pairs.parquet")}
@@ -110,7 +137,7 @@ def test_goes_on_from_the_results_alone(done, tmp_path, monkeypatch):
     file.write_text(json.dumps([c for c in before if c != lost]))
     trained = []
     train = Study._train
-    monkeypatch.setattr(Study, "_train", lambda *a: trained.append(a[2:]) or train(*a))
+    monkeypatch.setattr(Study, "_train", lambda *a: trained.append(a[2:4]) or train(*a))
     study(config(tmp_path))
     assert trained == [("own", lost["rate"])]
     assert sorted(map(json.dumps, cells(tmp_path))) == sorted(map(json.dumps, before))
@@ -158,7 +185,7 @@ def test_a_best_rate_at_the_edge_extends_the_grid(tmp_path, monkeypatch, peak, t
     monkeypatch.setattr(Study, "cell", cell)
     write(tmp_path)
     arms = {"control": {"learning_rates": [1e-5, 3e-5, 1e-4, 3e-4]}}
-    job = Study(config(tmp_path, arms=arms, max_extensions=2))
+    job = Study(config(tmp_path, arms=arms, max_extensions=2, followed=[]))
     assert job.best_rate("tiny", "control") == best
     assert sorted(seen) == tried
 
@@ -166,6 +193,7 @@ def test_a_best_rate_at_the_edge_extends_the_grid(tmp_path, monkeypatch, peak, t
 def test_half_decades():
     assert [half_decade(x, up=True) for x in (1e-5, 3e-5, 0.3)] == [3e-5, 1e-4, 1.0]
     assert [half_decade(x, up=False) for x in (1e-4, 3e-4, 1.0)] == [3e-5, 1e-4, 0.3]
+    assert [half_decade(2e-5, up=up) for up in (False, True)] == [1e-5, 3e-5]
 
 
 def test_report_from_made_up_cells(tmp_path):
@@ -178,15 +206,31 @@ def test_report_from_made_up_cells(tmp_path):
                 score = level + gain - 0.05 * (rate == 1e-3)
                 curve = {"step": [1, 2], "grad_norm": [1.0, 2.0], "learning_rate": [1e-4, 1e-4]}
                 curve |= {"logps/chosen": [-0.1, -0.2], "logps/rejected": [-1.0, -2.0]}
+                way = {"step": [0, 1, 2], "pass@1": [level, 0.0, score], "error": [0.01] * 3}
                 key = {"task": "tiny", "arm": arm, "rate": rate, "seed": seed, "split": split}
                 made.append({**key, "pass@1": score, "error": 0.01, "tokens": 9.0, "curve": curve})
+                if arm == "own":
+                    made[-1]["accuracy_curve"] = way
     table = Report(config(tmp_path), made).over_seeds("tiny")
     rows = {row[0]: row for row in table.rows}
     half = t_interval([30, 50, 70]).high - 50
     assert rows["control"][:5] == ["control", "0.0001", "3", f"50.0 ± {half:.1f}", ""]
     assert rows["own"][4] == "+10.0 ± 0.0"
+    report = Report(config(tmp_path, followed=["own"]), made)
+    accuracy, *others = report.step_panels("tiny", ["own"])
+    assert len(others) == 3 and list(others[0].lines) == [
+        "control, best rate", "own, best rate", "own, highest rate"
+    ]  # fmt: skip
+    assert set(accuracy.lines) == {"own, best rate", "own, highest rate"}
+    x, y, low, high = accuracy.lines["own, highest rate"]
+    assert (x, y) == ([0, 1, 2], pytest.approx([40, 0, 45]))
+    assert (low[2], high[2]) == (pytest.approx(45 - 1.96), pytest.approx(45 + 1.96))
+    # A test cell at a rate that is no longer the best does not count.
+    old = {**made[-1], "rate": 1e-3, "pass@1": 0.0}
+    assert Report(config(tmp_path), [*made, old]).over_seeds("tiny").rows == table.rows
     text = Report(config(tmp_path), made).write(tmp_path).read_text()
     assert "| own     | **50.0** |  45.0 |" in text
+    assert "minus control" in text
     for picture in ("rates.png", "alpha.png", "steps.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
 
@@ -207,7 +251,7 @@ def test_the_recipe_in_the_repository_is_whole():
     [
         ({"baseline": "nobody"}, "none of the arms"),
         ({"seeds": [0, 1]}, "cannot test them too"),
-        ({"arms": {"control": {"learning_rates": [1e-5, 2e-5]}}}, "neither 1 nor 3 times"),
+        ({"followed": ["control", "nobody"]}, "'nobody' is none of the arms"),
     ],
 )
 def test_bad_recipes(tmp_path, changes, match):
