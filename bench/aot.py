@@ -96,7 +96,7 @@ class Driver:
 
 
 def compile_shipped(arch: str) -> list[Compiled]:
-    """Every kernel that the three backend functions launch, over dtypes and head options."""
+    """Every kernel that the four backend functions launch, over dtypes and head options."""
     target = TARGETS[arch]
     found: dict[tuple, Compiled] = {}
     run = JITFunction.run
@@ -136,6 +136,7 @@ def launch_everything(dtype: torch.dtype, every_option: bool) -> None:
         logp_T, lse_T, *_ = kernels.forward(x_TH, w_VH, y_T, head)
         kernels.backward(x_TH, w_VH, y_T, logp_T, lse_T, v_T, v_T, head, needs)
         kernels.weighted(x_TH, w_VH, y_T, v_T, head, needs)
+        kernels.gradients(x_TH, w_VH, y_T, v_T, v_T, head, needs, 2.0)
 
 
 def describe(arch, dtype, function, kernel, kwargs) -> Compiled:

@@ -51,6 +51,12 @@ def fused(x, w, y) -> int:
     return 4 * w.numel()
 
 
+def fast(x, w, y) -> int:
+    v = torch.empty(len(x))
+    kernels.gradients(x, w, y, v, v, Head(), (True, True, False), 2.0)
+    return 4 * w.numel()
+
+
 def primitive(x, w, y) -> int:
     logp, lse, *_ = kernels.forward(x, w, y, Head())
     v = torch.empty(len(x))
@@ -109,7 +115,8 @@ def main() -> int:
     parser.add_argument("--write", type=Path)
     args = parser.parse_args()
     pretend()
-    methods = {"ours, fused": fused, "ours, primitive": primitive, **peers()}
+    methods = {"ours, fused": fused, "ours, fused, tolerance": fast, "ours, primitive": primitive}
+    methods |= peers()
     methods["eager"] = autograd(eager)
     lines = [
         "GB beyond the two gradients; in brackets, beyond one fp32 accumulator too.\n",

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from redi_kernels import logprobs
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -134,7 +135,8 @@ class KernelCost:
 
 
 class TorchCost(LiveBytes):
-    """FLOP of matmuls, bytes in and out of every op that moves data, live and peak new bytes."""
+    """FLOP of matmuls, bytes in and out of every op that moves data, live and peak new bytes; of
+    redi_kernels' own operators, what is inside them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,6 +145,9 @@ class TorchCost(LiveBytes):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func.namespace == "redi_kernels":  # a mode does not see into an operator by itself
+            with self:
+                return getattr(logprobs, "_" + func._opname)._init_fn(*args, **kwargs)
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if func._overloadpacket in flop_registry:
             self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)

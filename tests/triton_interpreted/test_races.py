@@ -81,6 +81,12 @@ def test_our_kernels_are_clean(monkeypatch, dtype, tma):
             logp_T, lse_T, *rest = kernels.forward(x_TH, w_VH, y_T, head)
             grads = kernels.backward(x_TH, w_VH, y_T, logp_T, lse_T, v_T, v_T, head, needs)
             fused = kernels.weighted(x_TH, w_VH, y_T, v_T, head, needs)
-        results.append((logp_T, lse_T, *rest, *grads, *fused))
+            results.append([logp_T, lse_T, *rest, *grads, *fused])
+            for tolerance in (1e-3, 200.0):  # all rows, and a list of some
+                *fast, report = kernels.gradients(
+                    x_TH, w_VH, y_T, v_T, v_T / 2, head, needs, tolerance
+                )
+                results[-1] += [*fast, report.dropped_N]
+                assert (report.active == 1) == (tolerance < 1)
     for in_order, shuffled in zip(*results, strict=True):
         assert torch.equal(in_order, shuffled)
