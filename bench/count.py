@@ -3,6 +3,7 @@
     python bench/count.py                          made-up activations
     python bench/count.py --activations FILE.pt    and those of bench/activations.py, cut to
                                                    --tokens and --vocab
+    python bench/count.py ... --blocks 256 1024    only f, by the number of tokens that share a plan
     python bench/count.py ... --only NAME ...      these methods on the last table's states alone
 
 Everything runs in Triton's interpreter on CPU, forward and backward of a mean cross entropy, so
@@ -30,7 +31,8 @@ sys.path[:0] = [str(ROOT / "tests/tools"), str(ROOT / "bench")]
 import interpreter  # noqa: E402
 import torch  # noqa: E402
 import triton_peers  # noqa: E402
-from redi_kernels import sft_loss, token_logprobs  # noqa: E402
+from redi_kernels import cpu, fast, sft_loss, token_logprobs  # noqa: E402
+from redi_kernels.head import Head  # noqa: E402
 from redi_kernels.triton import config as configs  # noqa: E402
 from triton_cost import KernelCost, TorchCost  # noqa: E402
 
@@ -173,6 +175,19 @@ def measure(what: str, x_TH, w_VH, y_T, only: list[str] | None) -> list[Count]:
     return rows
 
 
+def shares(x_TH, w_VH, y_T, sizes: list[int]) -> int:
+    """f by the number of tokens that share a plan; of the CPU's fast mode, whose plan is ours."""
+    cpu.BUFFER_BYTES = 1 << 40
+    weight_T = torch.ones(len(y_T)) / len(y_T)
+    args = x_TH, w_VH, y_T, weight_T, weight_T * 0, Head(), (False, False, False), 2.0
+    for size in sizes:
+        cpu.BLOCK_TOKENS = size, size
+        print(
+            f"tolerance 2, {size} tokens a plan: f = {float(fast.gradients(*args)[-1].active):.3f}"
+        )
+    return 0
+
+
 def table(rows: list[Count]) -> str:
     lines = [
         "| | FLOP / U | f | exp / TV | requested B / TV | footprint B / TV | launches | torch ops "
@@ -198,8 +213,8 @@ def failures(rows: list[Count], T: int, H: int, V: int) -> list[str]:
     ]
     if "Liger" in by_name:
         limits.append(("fused footprint", fused.footprint, 0.5 * by_name["Liger"].footprint))
-    fast = by_name[FAST]
-    if fast.active < 1:
+    sparse = by_name[FAST]
+    if sparse.active < 1:
         # moments; putting back; the basis, on at most 4095 tokens; a matmul's tiles, half full
         stand_ins = 32 / H + 32 / T + (30 + 240 * min(1, 4095 / T)) / V + 256 / V
         limits += [
@@ -207,7 +222,7 @@ def failures(rows: list[Count], T: int, H: int, V: int) -> list[str]:
             for name, exact in ((FAST, 1), (FAST_PRIMITIVE, 2))
         ]
         limits += [
-            (f"1.8 times fast mode's FLOP, over {row.name}'s", 1.8 * fast.flops, row.flops)
+            (f"1.8 times fast mode's FLOP, over {row.name}'s", 1.8 * sparse.flops, row.flops)
             for row in rows if not row.name.startswith("ours")
         ]  # fmt: skip
     return [f"{name}: {value:.2f} > {limit:.2f}" for name, value, limit in limits if value > limit]
@@ -221,7 +236,10 @@ def main() -> int:
     parser.add_argument("--activations", type=Path)
     parser.add_argument("--only", nargs="+", metavar="NAME")
     parser.add_argument("--write", type=Path, help="also write the table to this Markdown file")
+    parser.add_argument("--blocks", type=int, nargs="+", help="only f, for plans of so many tokens")
     args = parser.parse_args()
+    if args.blocks:
+        return shares(*states(args)[-1][1:], args.blocks)
     interpreter.install()
     triton_peers.interpret()
     tables, failed = [], []
