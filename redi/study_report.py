@@ -1,7 +1,7 @@
 """A study as tables and pictures, from its cells alone (redi/study.py): report.md and PNGs."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,27 +39,30 @@ class Report:
                 self.rates(task),
             ]
             parts += [table.markdown() for table in tables if table.rows]
-        pictures = {
-            "rates": ("Against learning rate (validation, one seed)", self.rates_panel),
-            "alpha": ("Against alpha, at the learning rates of the sweep", self.alpha_panel),
-        }
-        for name, (title, panel) in pictures.items():
-            panels = [made for task in self.tasks if (made := panel(task)).lines]
-            if panels:
-                draw_panels(panels, len(panels), folder / f"{name}.png", title)
-                parts.append(f"![{title}]({name}.png)\n")
-        others = [x for x in self.config.followed or self.config.arms if x != self.config.baseline]
-        for i in range(0, max(len(others), 1), 2):
-            arms, name = others[i : i + 2], f"steps-{i // 2 + 1}" if i else "steps"
-            title = f"Against step, healthy and collapsing: {', '.join(arms)}"
-            rows = [self.step_panels(task, arms) for task in self.tasks]
+        for name, title, rows in self.pictures():
             panels = [panel for row in rows for panel in row]
             if panels:
-                draw_panels(panels, len(rows[0]), folder / f"{name}.png", title)
+                columns = len(rows[0]) if len(rows[0]) > 1 else len(panels)
+                draw_panels(panels, columns, folder / f"{name}.png", title)
                 parts.append(f"![{title}]({name}.png)\n")
         file = folder / "report.md"
         write_text(file, "\n".join(parts))
         return file
+
+    def pictures(self) -> Iterator[tuple[str, str, list[list[Panel]]]]:
+        """(name, title, a row of panels for each task); arms in groups that a legend can hold."""
+        base = self.config.baseline
+        for name, arms in _groups("rates", [x for x in self.config.arms if x != base], 8):
+            drawn = [self.rates_panel(task, [base, *arms]) for task in self.tasks]
+            title = "Against learning rate (validation, one seed)"
+            yield name, title, [[panel] for panel in drawn if panel.lines]
+        drawn = [self.alpha_panel(task) for task in self.tasks]
+        title = "Against alpha, at the learning rates of the sweep"
+        yield "alpha", title, [[panel] for panel in drawn if panel.lines]
+        arms = [x for x in self.config.followed or self.config.arms if x != base]
+        for name, pair in _groups("steps", arms, 2):
+            title = f"Against step, healthy and collapsing: {', '.join(pair)}"
+            yield name, title, [self.step_panels(task, pair) for task in self.tasks]
 
     # --- cells
 
@@ -119,22 +122,24 @@ class Report:
 
     def between(self, task: str) -> Table:
         arms = [arm for arm in self.arms(task) if len(self.tested(task, arm)) > 1]
+        named = ["sft", *self.config.followed] if self.config.followed else arms
+        others = [arm for arm in arms if arm in named]
         rows = []
         for arm in arms:
-            others = [t_interval(self.differences(task, arm, other)) for other in arms]
-            cells = [
-                _plus_minus(x, "+.1f") if o != arm else ""
-                for o, x in zip(arms, others, strict=True)
-            ]
-            rows.append([arm, *cells])
+            gaps = {other: t_interval(self.differences(task, arm, other)) for other in others}
+            rows.append(
+                [arm, *(_plus_minus(x, "+.1f") if o != arm else "" for o, x in gaps.items())]
+            )
         note = "Row minus column, paired by seed; in percent, ± is a 95% t-interval over seeds."
-        return Table(["arm", *(f"minus {arm}" for arm in arms)], rows, note)
+        return Table(["arm", *(f"minus {arm}" for arm in others)], rows, note)
 
     def by_seed(self, task: str) -> Table:
         seeds = sorted({c["seed"] for c in self._cells(task=task, split="test")})
         rows = []
         for arm in self.arms(task):
             found = {cell["seed"]: cell for cell in self.tested(task, arm)}
+            if not found:
+                continue
             score = [f"{100 * found[s]['pass@1']:.1f}" if s in found else "" for s in seeds]
             rows.append([arm, *score])
         errors = [cell["error"] for cell in self._cells(task=task, split="test")]
@@ -160,9 +165,9 @@ class Report:
 
     # --- pictures
 
-    def rates_panel(self, task: str) -> Panel:
+    def rates_panel(self, task: str, arms: Sequence[str]) -> Panel:
         lines = {}
-        for arm in self.arms(task):
+        for arm in arms:
             cells = [cell for cell in self.swept(task, arm) if cell["rate"]]
             if cells:
                 scores = [_normal(cell) for cell in cells]
@@ -218,6 +223,12 @@ class Report:
             Panel(f"{task}: {title}", "step", lines[key], log_y=True)
             for key, title in titles.items()
         ]
+
+
+def _groups(name: str, arms: Sequence[str], size: int) -> Iterator[tuple[str, list[str]]]:
+    """(name of a picture, its arms); at least one."""
+    for i in range(0, max(len(arms), 1), size):
+        yield f"{name}-{i // size + 1}" if i else name, list(arms[i : i + size])
 
 
 def _normal(cell: Cell) -> Interval:
