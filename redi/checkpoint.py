@@ -15,7 +15,6 @@ Only safetensors and JSON are ever opened: reading a stranger's checkpoint never
 """
 
 import contextlib
-import hashlib
 import json
 import re
 import shutil
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 
 from redi.distributed import Ranks, local_part
 from redi.errors import RediError
-from redi.files import fsync, write_text
+from redi.files import digest_file, fsync, write_text
 
 MARKER = "COMPLETE.json"
 STATE = "trainer_state.json"
@@ -245,11 +244,7 @@ def _optimizer_tensors(parameters: dict, optimizer: torch.optim.Optimizer) -> tu
 
 
 def _record(file: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": file.stat().st_size, "sha256": digest_file(file)}
 
 
 def _candidates(output_dir: Path) -> list[Path]:

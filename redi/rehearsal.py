@@ -229,7 +229,9 @@ def _flash_backward(ctx: Any, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-_flash_attn_shapes.register_autograd(
-    _flash_backward,
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output),
-)
+def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *output)
+
+
+_flash_attn_shapes.register_autograd(_flash_backward, setup_context=_keep)

@@ -77,15 +77,15 @@ def train(
         output_dir.mkdir(parents=True, exist_ok=True)
         listeners = [MetricsFile(output_dir / "metrics.jsonl"), Screen()]
         listeners += [*trackers(config, name), *callbacks]
-        dropped = f", {len(data.dropped)} dropped" if data.dropped else ""
-        where = f" on {ranks.world_size} ranks" if ranks.world_size > 1 else ""
-        continued = f", continuing after step {state.step}" if state.step else ""
-        plan = f"{len(data.traces)} examples{dropped}, {state.total_steps} steps{where}{continued}"
-        say(f"{name}: {plan}")
+        say(_announcement(state, data, ranks))
     metrics = loop.run(state, listeners)
 
     result = TrainResult(output_dir, state.step, metrics, len(data.traces), len(data.dropped))
-    weights = _whole_weights(model, stored_dtype(model.lm, config.dtype), keep=ranks.is_main)
+    weights = distributed.full_tensors(
+        {name.removeprefix("lm."): tensor for name, tensor in model.named_parameters()},
+        dtype=stored_dtype(model.lm, config.dtype),
+        keep=ranks.is_main,
+    )
 
     def write() -> None:
         export(
@@ -386,6 +386,14 @@ def make_optimizer(model: PackedLM, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
+def _announcement(state: TrainState, data: Tokenized, ranks: distributed.Ranks) -> str:
+    dropped = f", {len(data.dropped)} dropped" if data.dropped else ""
+    where = f" on {ranks.world_size} ranks" if ranks.world_size > 1 else ""
+    continued = f", continuing after step {state.step}" if state.step else ""
+    steps = f"{state.total_steps} steps{where}{continued}"
+    return f"{state.name}: {len(data.traces)} examples{dropped}, {steps}"
+
+
 def _stopped(state: TrainState) -> str:
     newest = max(checkpoint.checkpoints(state.output_dir), default=0)
     saved = "checkpoint saved" if newest == state.step else f"NOT saved (the last save: {newest})"
@@ -398,10 +406,3 @@ def _checked(config: TrainConfig | dict[str, Any] | str | Path) -> TrainConfig:
     if isinstance(config, dict):
         return make_config(TrainConfig, config, "config")
     return load_config(TrainConfig, config, {})
-
-
-def _whole_weights(model: PackedLM, dtype: torch.dtype, *, keep: bool) -> dict[str, torch.Tensor]:
-    """Whole weights under transformers' names; tied weights appear once."""
-    parameters = dict(model.named_parameters())
-    named = distributed.full_tensors(parameters, dtype=dtype, keep=keep)
-    return {name.removeprefix("lm."): tensor for name, tensor in named.items()}

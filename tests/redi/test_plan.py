@@ -5,10 +5,13 @@ import re
 import plan_check
 import pytest
 import tiny
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from redi import attention
+from redi import attention, rehearsal
 from redi.config import TrainConfig, load_config
 from redi.errors import RediError
+from redi.meter import model_flops
 from redi.plan import GIB, Planner, _memory, describe
 from redi.train import train
 
@@ -84,6 +87,36 @@ def test_text_says_whether_it_fits_and_how_long(paper):
     assert "modelled: A100, 32% of its peak of 312 TFLOP/s, traces of 5,000 tokens as given" in text
     with pytest.raises(RediError, match="Z80"):
         describe(paper, gpu="Z80")
+
+
+def test_time_is_the_work_over_what_the_cards_do(paper):
+    def hours(*, gpus, gpu, **changes):
+        config = paper.model_copy(update=changes)
+        text = describe(config, gpus=gpus, gpu=gpu, mean_length=5000)
+        return float(re.search(r"([\d.]+) hours", text)[1])
+
+    work = 2 * 1662 * 32 * model_flops(Planner(paper).model.lm, [5000]) / 3600
+    assert hours(gpus=1, gpu="A100") == pytest.approx(work / (0.32 * 312e12), abs=0.06)
+    assert hours(gpus=2, gpu="H100") == pytest.approx(work / (0.32 * 2 * 989e12), abs=0.06)
+    sft = hours(gpus=1, gpu="A100", objective="sft", gradient_checkpointing="none")
+    assert sft == pytest.approx(work / 2 / (0.40 * 312e12), abs=0.06)
+    assert "traces of 6,600 tokens assumed: a third of max_length" in describe(paper)
+
+
+def test_flash_attention_is_counted_as_it_keeps_and_uses():
+    """out and a log-sum-exp a head beside q, k, v; in the backward dQ in float32 too, and dK and dV
+    for every query head."""
+    T, A, K, D = 256, 4, 2, 16
+    sizes = ((1, T, heads, D) for heads in (A, K, K))
+    with FakeTensorMode():
+        qkv = [torch.empty(s, dtype=torch.bfloat16, requires_grad=True) for s in sizes]
+        with rehearsal.LiveBytes() as live:
+            out, _ = rehearsal._flash_attn_shapes(*qkv)
+            kept = live.take()
+            assert kept == 2 * T * A * D + 4 * T * A
+            out.sum().backward()
+            used = 4 * T * A * D + 4 * T * A + 2 * 2 * T * A * D
+            assert live.take() - kept == pytest.approx(used + 2 * T * (A + 2 * K) * D, abs=64)
 
 
 def test_time_counts_the_forwards_of_a_reference(paper):

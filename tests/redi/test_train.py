@@ -158,20 +158,29 @@ def test_old_checkpoints_go(straight):
     assert left == ["checkpoint-4", "checkpoint-6"]
 
 
-@pytest.mark.parametrize("signals", [1, 2])
-def test_signal_saves_and_continues_exactly(straight, tmp_path, signals):
-    """Two of them too: a scheduler tells every process, and then the launcher tells its ranks."""
+class Signal(redi.Callback):
+    def __init__(self, step, *signals):
+        self.step, self.signals = step, signals
 
-    class Signal(redi.Callback):
-        def on_step_end(self, state):
-            if state.step == 3:
-                for _ in range(signals):
-                    os.kill(os.getpid(), signal.SIGTERM)
+    def on_step_end(self, state):
+        for number in self.signals if state.step == self.step else ():
+            os.kill(os.getpid(), number)
 
+
+@pytest.mark.parametrize(
+    "signals", [[signal.SIGTERM], [signal.SIGTERM] * 2, [signal.SIGINT] * 2], ids=len
+)
+def test_signal_saves_and_continues_exactly(straight, tmp_path, capsys, signals):
+    """Two of them too: a scheduler tells every process, and then the launcher tells its ranks; a
+    launcher passes on a Ctrl-C that its ranks have got already."""
     settings = tiny.train_settings(tmp_path, save_steps=100)
-    with pytest.raises(Interrupted, match="after step 3 of 6"):
-        train(settings, [Signal()])
-    train(settings)
+    before = signal.getsignal(signals[0])
+    said = "stopped after step 3 of 6, checkpoint saved; run the same command to continue"
+    with pytest.raises(Interrupted, match=said):
+        train(settings, [Signal(3, *signals)])
+    assert capsys.readouterr().err.count("stopping after this step (Ctrl-C again to") == 1
+    assert signal.getsignal(signals[0]) == before
+    train(settings, [Signal(6, *signals)])  # nothing is left to stop
     assert same_bits(straight[0] / "out", tmp_path / "out")
     assert metrics(tmp_path / "out") == metrics(straight[0] / "out")
 

@@ -4,6 +4,7 @@ import io
 import math
 import re
 import sys
+import time
 import types
 from typing import ClassVar
 
@@ -158,7 +159,10 @@ def test_meter_reads_only_events_that_have_passed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 << 30)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    resets = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
+    clock = [50.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     meter = Meter(torch.device("cuda"), world_size=2)
     meter.start()
     meter.mark("forward")
@@ -168,8 +172,32 @@ def test_meter_reads_only_events_that_have_passed(monkeypatch):
     meter.start()
     Event.passed = 4
     assert meter.row() == {"time/backward": 1, "memory/peak_gib": 3}
-    speed = meter.speed(tiny.make_lm("llama"), [64, 64])
-    assert speed["mfu"] > 0
+    assert len(resets) == 2
+    clock[0] += 9
+    meter.start()
+    clock[0] += 2
+    lm = tiny.make_lm("llama")
+    mfu = model_flops(lm, [64, 64]) / (2 * 2 * 989e12)
+    assert meter.speed(lm, [64, 64]) == {"num_tokens": 128, "tokens_per_second": 64, "mfu": mfu}
+
+
+def test_meter_counts_all_that_is_inside_as_that(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    meter = Meter(torch.device("cpu"))
+    meter.start()
+    for clock[0], part in ((1.0, "forward"), (3.0, "loss")):
+        meter.mark(part)
+    clock[0] = 10.0  # callbacks: nobody's
+    with meter.only("eval"):
+        clock[0] = 12.0
+        meter.mark("forward")
+        clock[0] = 13.0
+    clock[0] = 14.0
+    meter.mark("backward")
+    row = meter.row()
+    del row["memory/peak_gib"]
+    assert row == {"time/forward": 1, "time/loss": 2, "time/eval": 3, "time/backward": 1}
 
 
 class Recorder(types.ModuleType):
