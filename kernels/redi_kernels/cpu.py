@@ -2,10 +2,13 @@
 
 A block of B tokens gets its logits into a [V, B] buffer, one token a column. Groups of R vocabulary
 rows, small enough for the cache, go through everything that is not a matmul, twice: once for max,
-sum and target (online, as a maximum may come late), once to turn the logits into their gradient in
-place. Two matmuls finish the block: dX = G' W and dW += G X. The logits are made a tile of rows at
-a time, so that the first pass finds them in the cache; where no gradient follows, one tile's buffer
-is all there is.
+sum and target (online, as a maximum may come late), once to turn what is there into the gradient at
+the logits in place. Two matmuls finish the block: dX = G' W and dW += G X. The logits are made a
+tile of rows at a time, so that the first pass finds them in the cache; where no gradient follows,
+one tile's buffer is all there is.
+
+The first pass leaves exp(z - shift) in the buffer where it has room for all of its digits: fp32 and
+fp64. The second then only scales. A bf16 buffer keeps the logits: its exp would be rounded twice.
 
     forward  1 U (U = 2 N V H, one logits matmul)      weighted  3 U      backward  3 U
 
@@ -66,14 +69,20 @@ def weighted(
     grads = Gradients(x_NH, blocks, needs)
     y_P, weight_P = blocks.pad(y_N), blocks.pad(weight_N.to(blocks.acc))
     logp_P = torch.empty_like(weight_P)
-    z_VB = blocks.buffer(len(w_VH))
+    z_VB, keep = blocks.buffer(len(w_VH)), x_NH.dtype == blocks.acc
     for t, x_nH, x_BH in blocks:
-        stats = blocks.statistics(blocks.logits(x_BH, z_VB), y_P[t])
+        stats = blocks.statistics(blocks.logits(x_BH, z_VB), y_P[t], keep=keep)
         logp_P[t] = stats.logp_B
-        if any(needs):
-            # weight (onehot - p); the target's 1 - p from its log-prob, before any rounding
+        if not any(needs):
+            continue
+        # weight (onehot - p); the target's 1 - p from its log-prob, before any rounding
+        target_B = -weight_P[t] * stats.logp_B.expm1()
+        if keep:
+            target_B = blocks.sloped(target_B, stats.target_B)
+            scale_GB = stats.scale_GB * -weight_P[t]
+            grads.add_kept(t.start, x_nH, z_VB, y_P[t], scale_GB, target_B)
+        else:
             other_B = -weight_P[t] / stats.sum_B
-            target_B = -weight_P[t] * stats.logp_B.expm1()
             grads.add(t.start, x_nH, z_VB, y_P[t], stats.max_B, other_B, target_B)
     return logp_P[:N], *grads.result()
 
@@ -118,13 +127,19 @@ class Statistics:
     sum_B: Tensor
     target_B: Tensor  # the target's logit
     moment_B: Tensor  # sum of (z - max) exp(z - max); 0 if not asked for
-    kept_B: Tensor  # sum of what is kept; 0 if nothing is
+    kept_B: Tensor  # sum of exp(z - max) slope; 0 if nothing is kept
+    shifts: list[Tensor]  # of what is kept, per group of rows
 
     @property
     def logp_B(self) -> Tensor:
         """Never above 0: the target's logit is read where the maximum is, and the sum holds
         exp(0) = 1. (lse - logit, the obvious way, exceeds 0 by the rounding of a large lse.)"""
         return (self.target_B - self.max_B) - self.sum_B.log()
+
+    @property
+    def scale_GB(self) -> Tensor:
+        """What turns what is kept into probabilities."""
+        return (torch.stack(self.shifts) - self.max_B).exp() / self.sum_B
 
 
 class Blocks:
@@ -136,8 +151,9 @@ class Blocks:
         self.bias_V = None if head.bias_V is None else head.bias_V.to(self.acc)
         V = len(w_VH)
         self.B = _power_of_two(BUFFER_BYTES // (V * x_NH.element_size()), *BLOCK_TOKENS)
-        self.R = min(_power_of_two(GROUP_BYTES // (self.B * self.acc.itemsize), 1, 1 << 20), V)
         self.tile = _power_of_two(TILE_BYTES // (self.B * x_NH.element_size()), 1, 1 << 20)
+        R = _power_of_two(GROUP_BYTES // (self.B * self.acc.itemsize), 1, self.tile)
+        self.R = min(R, V)
         self.scratch_RB = x_NH.new_empty(self.R, self.B, dtype=self.acc)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -188,36 +204,46 @@ class Blocks:
         cap = self.head.softcap
         return None if cap is None else 1.0 - (f_RB / cap) ** 2
 
+    def sloped(self, g_B: Tensor, f_B: Tensor) -> Tensor:
+        slope_B = self.slope(f_B)
+        return g_B if slope_B is None else g_B * slope_B
+
     def statistics(
         self,
         groups: Iterator[tuple[slice, Tensor]],
         y_B: Tensor,
         *,
         entropy: bool = False,
-        shifts: list[Tensor] | None = None,
+        keep: bool = False,
     ) -> Statistics:
-        """In one pass over the logits, which stay as they are; where `shifts` are asked for, a
-        group is left as exp(z - shift) slope, its shift, the maximum so far, appended.
+        """In one pass over the logits. With `keep` a group is left as exp(z - shift) slope, where
+        its shift is the maximum so far; else as it was, or undefined if it has the accumulator's
+        dtype, as the pass then works in place.
 
         torch.softmax would be quicker, but on CPU its rows sum to 1 within 2e-5 only: a bias.
         """
         lowest = torch.finfo(self.acc).min  # not -inf, which a masked token may have: -inf - -inf
         max_B = torch.full_like(y_B, lowest, dtype=self.acc)
         sum_B, target_B, moment_B, kept_B = (torch.zeros_like(max_B) for _ in range(4))
+        shifts = []
         for rows, z_RB in groups:
-            f_RB = self.shaped(z_RB, self.scratch_RB[: len(z_RB)], rows)
+            in_place = z_RB.dtype == self.acc
+            f_RB = self.shaped(z_RB, z_RB if in_place else self.scratch_RB[: len(z_RB)], rows)
             here_B, row_1B = targets(y_B, rows)
             target_B = torch.where(here_B, f_RB.gather(0, row_1B)[0], target_B)
             old_B, max_B = max_B, torch.maximum(max_B, f_RB.amax(dim=0))
             shrink_B = (old_B - max_B).exp()
-            slope_RB = None if shifts is None else self.slope(f_RB)
+            slope_RB = self.slope(f_RB) if keep else None
             f_RB.sub_(max_B)
             if not entropy:
                 sum_B = sum_B * shrink_B + exp_(f_RB).sum(dim=0)
-                if shifts is not None:
+                if keep:
                     shifts.append(max_B)
-                    z_RB.copy_(f_RB if slope_RB is None else f_RB.mul_(slope_RB))
+                    if slope_RB is not None:
+                        f_RB.mul_(slope_RB)
                     kept_B = sum_B if slope_RB is None else kept_B * shrink_B + f_RB.sum(dim=0)
+                    if not in_place:
+                        z_RB.copy_(f_RB)
                 continue
             e_RB = exp_(f_RB.clone())
             if self.bias_V is not None:  # -inf masks a token: 0 * -inf
@@ -225,7 +251,7 @@ class Blocks:
             moment_B = (moment_B + (old_B - max_B).clamp(min=lowest) * sum_B) * shrink_B
             moment_B += f_RB.mul_(e_RB).sum(dim=0)
             sum_B = sum_B * shrink_B + e_RB.sum(dim=0)
-        return Statistics(max_B, sum_B, target_B, moment_B, kept_B)
+        return Statistics(max_B, sum_B, target_B, moment_B, kept_B, shifts)
 
 
 class Gradients:
@@ -253,9 +279,32 @@ class Gradients:
         """Turns a block's logits into the gradient at them, exp(z - shift) * other except for the
         target's own, and adds what it means for x, w and bias."""
         self._differentiate(z_VB, y_B, shift_B, other_B, target_B)
-        self.multiply(start, x_nH, z_VB)
+        self._multiply(start, x_nH, z_VB)
 
-    def multiply(self, start: int, x_nH: Tensor, g_VB: Tensor) -> None:
+    def add_kept(
+        self,
+        start: int,
+        x_nH: Tensor,
+        e_VB: Tensor,
+        y_B: Tensor,
+        scale_GB: Tensor,
+        target_B: Tensor,
+    ) -> None:
+        """The same from what `Blocks.statistics` has kept, times a scale per group of rows."""
+        blocks = self.blocks
+        for scale_B, (_, e_RB) in zip(scale_GB, blocks.groups(e_VB), strict=True):
+            if e_RB.dtype == blocks.acc:
+                e_RB.mul_(scale_B)
+            else:  # mixed dtypes would multiply element by element
+                e_RB.copy_(blocks.scratch_RB[: len(e_RB)].copy_(e_RB).mul_(scale_B))
+        e_VB.scatter_(0, y_B[None], target_B[None].to(e_VB.dtype))
+        if self.db_V is not None:
+            self.db_V += e_VB.sum(dim=1, dtype=self.db_V.dtype)
+        if blocks.head.logit_scale != 1.0:
+            e_VB.mul_(blocks.head.logit_scale)
+        self._multiply(start, x_nH, e_VB)
+
+    def _multiply(self, start: int, x_nH: Tensor, g_VB: Tensor) -> None:
         n, is_first, self.is_first = len(x_nH), self.is_first, False
         g_Vn = g_VB[:, :n]
         if self.dx_NH is not None:

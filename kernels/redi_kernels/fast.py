@@ -22,11 +22,13 @@ then 1.2 to 1.9 budgets at tolerance 1, where 2^-10.5 keeps it within what round
 Targets are always active. A block with too many active rows is done exactly. Nothing outlives the
 call, so it does the same each time.
 
-The logits' pass leaves exp(z - shift) where cpu.py leaves z, with the maximum so far as the shift:
-no second exp. Log-probs are cpu.py's, to the bit.
+The logits' pass leaves exp(z - shift), as cpu.py's does in fp32: no second exp. Log-probs are
+cpu.py's, to the bit. dW's active rows have sums of their own, so that the tail is written into a
+fresh dW, once, and no [V, H] accumulator exists unless some block is done exactly.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from redi_kernels import fast_plan
@@ -59,14 +61,12 @@ def gradients(
     y_P, logp_P = blocks.pad(y_N), torch.empty_like(dlogp_P)
     e_VB = blocks.buffer(len(w_VH))
     for t, x_nH, x_BH in blocks:
-        shifts: list[Tensor] = []
-        stats = blocks.statistics(blocks.logits(x_BH, e_VB), y_P[t], shifts=shifts)
+        stats = blocks.statistics(blocks.logits(x_BH, e_VB), y_P[t], keep=True)
         logp_B = logp_P[t] = stats.logp_B
         target_B = dlse_P[t] * logp_B.exp() - dlogp_P[t] * logp_B.expm1()
-        slope_B = blocks.slope(stats.target_B)
-        target_B = target_B if slope_B is None else target_B * slope_B
-        scale_GB = (torch.stack(shifts) - stats.max_B).exp() / stats.sum_B
-        sparse.add(t, x_nH, y_P[t], e_VB, scale_GB, stats.kept_B / stats.sum_B, target_B)
+        target_B = blocks.sloped(target_B, stats.target_B)
+        mass_B = stats.kept_B / stats.sum_B
+        sparse.add(t, x_nH, y_P[t], e_VB, stats.scale_GB, mass_B, target_B)
     return logp_P[:N], *sparse.result()
 
 
@@ -78,15 +78,12 @@ class _Sparse:
         self, x_NH: Tensor, blocks: Blocks, other_P: Tensor, needs: Needs, tolerance: float
     ) -> None:
         self.blocks, self.other_P, self.budget = blocks, other_P, tolerance * fast_plan.BUDGET
-        self.grads = grads = Gradients(x_NH, blocks, needs)
-        if grads.dw_VH is not None:
-            grads.dw_VH.zero_()
-            grads.is_first = False
+        self.grads = Gradients(x_NH, blocks, (needs[0], False, needs[2]))  # dW: if a block asks
+        self.rows = _Rows(blocks.w_VH, blocks.acc) if needs[1] else None
         N, V = len(x_NH), len(blocks.w_VH)
         self.basis_HK = fast_plan.basis(x_NH, other_P[:N])
         self.moments_VK = x_NH.new_zeros(V, fast_plan.MOMENTS, dtype=blocks.acc)
         self.block_VK = x_NH.new_empty(V, fast_plan.MOMENTS)
-        self.place_V = torch.zeros(V, dtype=torch.long)
         self.dropped_P = torch.zeros_like(other_P)
         self.computed = 0
         self.left = self.energy = torch.zeros((), dtype=torch.float64)
@@ -109,30 +106,28 @@ class _Sparse:
         active_A = active_V.nonzero()[:, 0]
         self.energy = self.energy + energy
         if len(active_A) > MAX_ACTIVE * V:
-            self._exactly(t.start, x_nH, y_B, e_VB, scale_GB * other_B, target_B)
+            if self.rows is not None and self.grads.dw_VH is None:
+                self.grads.dw_VH = torch.empty_like(self.blocks.w_VH, dtype=self.blocks.acc)
+            self.grads.add_kept(t.start, x_nH, e_VB, y_B, scale_GB * other_B, target_B)
             self.computed += V * n
             return
         self.left = self.left + left
         self.computed += len(active_A) * n
         self.block_VK.index_fill_(0, active_A, 0)
         self.moments_VK += self.block_VK
-        p_AB = e_VB.index_select(0, active_A) * scale_GB[active_A // self._group(V)]
+        p_AB = e_VB.index_select(0, active_A).to(self.blocks.acc)
+        p_AB.mul_(scale_GB[active_A // self.blocks.R])
         self.dropped_P[t] = (mass_B - p_AB.sum(dim=0)).clamp_(min=0)
         self._active(t.start, x_nH, y_B, active_A, p_AB.mul_(other_B), target_B)
-
-    def _group(self, V: int) -> int:
-        """Rows in a group: as `Blocks.logits` yields them."""
-        return min(self.blocks.R, self.blocks.tile, V)
 
     def _moments(self, x_nH: Tensor, e_VB: Tensor, scale_GB: Tensor, other_B: Tensor) -> Tensor:
         """Fills the block's moments; returns s_V."""
         n, acc = len(x_nH), self.blocks.acc
         signs_n2 = torch.stack([other_B[:n] > 0, other_B[:n] < 0], dim=1)
         f_nK = torch.cat([signs_n2.to(acc), (x_nH @ self.basis_HK).to(acc)], dim=1)
-        for i, v in enumerate(range(0, len(e_VB), self._group(len(e_VB)))):
-            rows = slice(v, v + self._group(len(e_VB)))
-            scaled_nK = (scale_GB[i, :n, None] * f_nK).to(e_VB.dtype)
-            torch.mm(e_VB[rows, :n], scaled_nK, out=self.block_VK[rows])
+        for scale_B, (rows, e_RB) in zip(scale_GB, self.blocks.groups(e_VB), strict=True):
+            scaled_nK = (scale_B[:n, None] * f_nK).to(e_VB.dtype)
+            torch.mm(e_RB[:, :n], scaled_nK, out=self.block_VK[rows])
         return (self.block_VK[:, 0] - self.block_VK[:, 1]).to(acc)
 
     def _active(
@@ -146,52 +141,67 @@ class _Sparse:
     ) -> None:
         """Active rows, as cpu.Gradients does all rows."""
         grads, w_VH, n = self.grads, self.blocks.w_VH, len(x_nH)
-        self.place_V[active_A] = torch.arange(len(active_A))
         g_An = g_AB[:, :n]
-        g_An.scatter_(0, self.place_V[y_B[None, :n]], target_B[None, :n])
+        g_An.scatter_(0, torch.searchsorted(active_A, y_B[None, :n]), target_B[None, :n])
         if grads.db_V is not None:
             grads.db_V[active_A] += g_An.sum(dim=1)
         g_An = g_An.mul_(self.blocks.head.logit_scale).to(w_VH.dtype)
         if grads.dx_NH is not None:
             torch.mm(g_An.T, w_VH[active_A], out=grads.dx_NH[start : start + n])
-        if grads.dw_VH is not None:
+        if self.rows is not None:
             for rows_A, g in zip(active_A.split(ROWS), g_An.split(ROWS), strict=True):
-                grads.dw_VH.index_add_(0, rows_A, (g @ x_nH).to(grads.dw_VH.dtype))
-
-    def _exactly(
-        self,
-        start: int,
-        x_nH: Tensor,
-        y_B: Tensor,
-        e_VB: Tensor,
-        scale_GB: Tensor,
-        target_B: Tensor,
-    ) -> None:
-        """A block of which little could be left out."""
-        grads, size = self.grads, self._group(len(e_VB))
-        for i, g_RB in enumerate(e_VB.split(size)):
-            g_RB.mul_(scale_GB[i])
-        e_VB.scatter_(0, y_B[None], target_B[None].to(e_VB.dtype))
-        if grads.db_V is not None:
-            grads.db_V += e_VB.sum(dim=1, dtype=grads.db_V.dtype)
-        if self.blocks.head.logit_scale != 1.0:
-            e_VB.mul_(self.blocks.head.logit_scale)
-        grads.multiply(start, x_nH, e_VB)
+                self.rows.add(rows_A, g @ x_nH)
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Report]:
         """Puts the tail back, rounds once."""
         grads, blocks = self.grads, self.blocks
-        N = len(blocks.x_NH)
-        fast_plan.put_back(
-            self.moments_VK,
-            self.basis_HK,
-            (self.dropped_P * self.other_P)[:N],
-            blocks.w_VH,
-            blocks.head.logit_scale,
-            grads.dx_NH,
-            grads.dw_VH,
-            grads.db_V,
-        )
+        N, scale = len(blocks.x_NH), blocks.head.logit_scale
+        lost_N = (self.dropped_P * self.other_P)[:N]
+        args = self.moments_VK, self.basis_HK, lost_N, blocks.w_VH, scale
+        fast_plan.put_back(*args, grads.dx_NH, None, grads.db_V)
+        if self.rows is not None:
+            q_HK = F.pad(self.basis_HK.to(blocks.acc) * scale, (2, 0))  # the signs are no part of X
+            grads.dw_VH = self._dw(q_HK.T)
         V, dropped_N = len(blocks.w_VH), self.dropped_P[:N]
         report = fast_plan.report(dropped_N, self.computed, V, self.left, self.energy)
         return *grads.result(), report
+
+    def _dw(self, q_KH: Tensor) -> Tensor:
+        """The tail of all rows, and what was computed of some or of whole blocks."""
+        assert self.rows is not None
+        dw_VH, moments_VK, w_VH = self.grads.dw_VH, self.moments_VK, self.blocks.w_VH
+        if dw_VH is not None:
+            dw_VH.addmm_(moments_VK, q_KH)
+            return dw_VH.index_add_(0, self.rows.index, self.rows.sums)
+        dw_VH = moments_VK.to(w_VH.dtype) @ q_KH.to(w_VH.dtype)
+        for index, sum_AH in zip(
+            self.rows.index.split(ROWS), self.rows.sums.split(ROWS), strict=True
+        ):
+            sum_AH.addmm_(moments_VK[index], q_KH)
+            dw_VH.index_copy_(0, index, sum_AH.to(dw_VH.dtype))
+        return dw_VH
+
+
+class _Rows:
+    """Sums of dW's rows, of those only that were ever active."""
+
+    def __init__(self, w_VH: Tensor, acc: torch.dtype) -> None:
+        self.place_V = w_VH.new_full((len(w_VH),), -1, dtype=torch.long)
+        self.index = w_VH.new_empty(0, dtype=torch.long)
+        self.room = w_VH.new_zeros(0, w_VH.shape[1], dtype=acc)
+
+    @property
+    def sums(self) -> Tensor:
+        """Of the rows of `index`."""
+        return self.room[: len(self.index)]
+
+    def add(self, rows_A: Tensor, part_AH: Tensor) -> None:
+        new = rows_A[self.place_V[rows_A] < 0]
+        if len(new):
+            had = len(self.index)
+            self.place_V[new] = torch.arange(had, had + len(new), device=new.device)
+            self.index = torch.cat([self.index, new])
+            if len(self.index) > len(self.room):
+                size = min(max(2 * had, len(self.index)), len(self.place_V))
+                self.room = F.pad(self.room, (0, 0, 0, size - len(self.room)))
+        self.room.index_add_(0, self.place_V[rows_A], part_AH.to(self.room.dtype))

@@ -154,6 +154,34 @@ def test_flat_text_is_done_exactly() -> None:
         assert errors(getattr(got, name), getattr(exact, name)).rms < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_flat_block_among_others(dtype: torch.dtype) -> None:
+    """One block is done exactly, and adds to what others computed of some rows."""
+    problem = text(dtype, bias=True)
+    problem.x_TH[:100] = 0  # the first 80 tokens with a target or so: a block of 64
+    (got, report), (exact, _) = fused(problem, 2.0), fused(problem, 0)
+    truth = textbook(problem.double())
+    assert 0.2 < report.active < 0.6
+    for name in ("dx_TH", "dw_VH", "db_V"):
+        mine, dense = (errors(getattr(r, name), getattr(truth, name)) for r in (got, exact))
+        assert mine.rms <= (dense.rms**2 + (2 * ROUNDING) ** 2) ** 0.5, name
+
+
+def test_dw_written_afresh_is_dw_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no block was done exactly, dW is written row by row, tail and all."""
+    problem = text()
+    fresh, _ = fused(problem, 4.0)
+    result = fast._Sparse.result
+
+    def with_accumulator(self):
+        self.grads.dw_VH = torch.zeros_like(problem.w_VH)
+        return result(self)
+
+    monkeypatch.setattr(fast._Sparse, "result", with_accumulator)
+    added, _ = fused(problem, 4.0)
+    assert errors(fresh.dw_VH, added.dw_VH).rms < 1e-6
+
+
 def test_two_runs_give_the_same_bits() -> None:
     problem = text(torch.bfloat16, bias=True)
     (a, report_a), (b, report_b) = (fused(problem, 2.0) for _ in range(2))
