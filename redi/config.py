@@ -303,6 +303,9 @@ class TrainConfig(Strict):
     rejected_window: int | None = Field(
         None, ge=1, description="diverging: only so many tokens from there on"
     )
+    loss_tolerance: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="fast mode of the loss; 0: exact gradients"
+    )
     # optimisation
     output_dir: str
     num_train_epochs: float = Field(1.0, gt=0)

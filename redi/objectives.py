@@ -130,6 +130,18 @@ def _of_pairs(out: Any, rewards_S: Tensor, pack: Pack) -> PackLoss:
 
 
 def make_objective(config: TrainConfig) -> Objective:
+    """What `config` optimises, in exact or fast mode."""
+    objective, tolerance = _objective(config), config.loss_tolerance
+    if not tolerance:
+        return objective
+
+    def fast(counts: StepCounts, x_TH: Tensor, w_VH: Tensor, pack: Pack, options: dict) -> PackLoss:
+        return objective(counts, x_TH, w_VH, pack, {**options, "tolerance": tolerance})
+
+    return fast
+
+
+def _objective(config: TrainConfig) -> Objective:
     if config.objective == "sft":
         return sft
     if config.objective == "redi":

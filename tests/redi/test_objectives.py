@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from redi_kernels import fast
 
 from redi.config import TrainConfig, make_config
 from redi.data.divergence import push_from_divergence
@@ -322,3 +323,21 @@ def test_gradient_checkpointing_changes_nothing(step, tmp_path):
     assert any(getattr(m, "gradient_checkpointing", False) for m in checkpointed.modules())
     _, grad, _ = gradient(checkpointed, traces, max_tokens=64)
     assert torch.equal(grad, truth)
+
+
+@pytest.mark.parametrize("objective", ["sft", "redi", "dpo", "simpo"])
+def test_loss_tolerance_reaches_the_loss(step, objective, monkeypatch):
+    """One step in exact and in fast mode: the loss is the same, the gradient is fast.py's."""
+    model, traces = step
+    asked, gradients = [], fast.gradients
+    monkeypatch.setattr(fast, "gradients", lambda *a: asked.append(a[-1]) or gradients(*a))
+    counts = StepCounts.of(traces)
+    losses = []
+    for tolerance in (0.0, 2.0):
+        config = recipe(objective).model_copy(update={"loss_tolerance": tolerance})
+        (pack,) = pack_step(traces, 10_000, pairs=objective in NEEDS_PAIRS)
+        out = model(pack, partial(make_objective(config), counts))
+        out.loss.backward()
+        losses.append(out.loss.item())
+    assert asked == [2.0]
+    assert losses[0] == losses[1]
