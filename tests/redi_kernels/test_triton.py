@@ -24,7 +24,7 @@ def test_interpreted_kernels():
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed and int(passed[1]) >= 70, result.stdout[-2000:]
+    assert passed and int(passed[1]) >= 90, result.stdout[-2000:]
     assert "skipped" not in result.stdout
 
 
