@@ -146,6 +146,14 @@ def test_the_report_is_true(dtype: torch.dtype) -> None:
         assert truth < report.error < 4 * truth
 
 
+def test_the_plan() -> None:
+    """Smallest first up to the limit's energy; a target without weight is active, and so is NaN."""
+    s_V = torch.tensor([0.0, 5.0, 0.5, 0.5, 0.7, 1.2, torch.nan, 0.0])
+    active_V, left = fast_plan.active_rows(s_V, torch.tensor([0]), torch.tensor(1.0).double())
+    assert active_V.tolist() == [True, True, False, False, False, True, True, False]
+    assert float(left) == pytest.approx(0.99, rel=1e-6)
+
+
 def test_flat_text_is_done_exactly() -> None:
     problem = make_problem(200, 300, 32, peak=0.3, bias=True)
     (got, report), (exact, _) = fused(problem, 2.0), fused(problem, 0)
