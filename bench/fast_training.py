@@ -250,7 +250,7 @@ def demo(seed: int, args: argparse.Namespace) -> dict[str, Any]:
             update={**changes, "seed": seed, "output_dir": str(folder)}, deep=True
         )
         if kind == "fast":
-            for shared in ("task", "data", "pretrain"):
+            for shared in ("task", "pretrain"):
                 source = args.output_dir / "demo" / f"exact-{seed}" / shared
                 shutil.copytree(source, folder / shared, dirs_exist_ok=True)
         with Watch(folder) as watch:
