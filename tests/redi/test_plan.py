@@ -12,6 +12,7 @@ from redi import attention, rehearsal
 from redi.config import TrainConfig, load_config
 from redi.errors import RediError
 from redi.meter import model_flops
+from redi.model import load_model_config
 from redi.plan import GIB, Planner, _memory, describe
 from redi.train import train
 
@@ -117,6 +118,14 @@ def test_flash_attention_is_counted_as_it_keeps_and_uses():
             out.sum().backward()
             used = 4 * T * A * D + 4 * T * A + 2 * 2 * T * A * D
             assert live.take() - kept == pytest.approx(used + 2 * T * (A + 2 * K) * D, abs=64)
+
+
+def test_gathered_weights_are_bfloat16_and_stay_tied(paper):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        kinds = ("full_attention",)
+        lm = rehearsal._shallow(paper, load_model_config(paper), kinds, cuda=True).lm
+        assert lm.lm_head.weight is lm.model.embed_tokens.weight
+        assert {p.dtype for p in lm.parameters()} == {torch.bfloat16}
 
 
 def test_time_counts_the_forwards_of_a_reference(paper):
