@@ -257,7 +257,7 @@ def demo(seed: int, args: argparse.Namespace) -> dict[str, Any]:
             evaluations = run_recipe(recipe, [watch])
         results[kind] = {
             name: {
-                "accuracy": evaluation.metrics["pass@1"],
+                "accuracy": evaluation.pass_at_1,
                 "last": read_metrics(folder / name / "metrics.jsonl")[-1],
             }
             for name, evaluation in evaluations.items()
