@@ -21,7 +21,7 @@ from redi import attention
 from redi.config import TrainConfig
 from redi.data.pack import Pack
 from redi.model import PackedLM, load_model
-from redi.objectives import StepCounts, redi, sft
+from redi.objectives import NEEDS_PAIRS, StepCounts, make_objective, redi
 
 FLASH = "redi_shapes"
 MOMENTS = ("forward", "loss", "backward")
@@ -80,7 +80,9 @@ def _micro_batch(
             parameter.grad = torch.zeros_like(parameter)
         pack, num_tokens = _shapes(seqlens), sum(seqlens)
         # Picking pairs apart has no shape beforehand, so DPO and SimPO are rehearsed as REDI.
-        objective = sft if config.objective == "sft" else redi(config.alpha)
+        objective = (
+            redi(config.alpha) if config.objective in NEEDS_PAIRS else make_objective(config)
+        )
         counts = StepCounts(num_tokens, len(seqlens), len(seqlens))
         peaks = {}
         with LiveBytes() as live:
@@ -204,18 +206,18 @@ def _register_flash() -> None:
 
 
 def _flash(module: Any, q_1ATD: Tensor, k_1KTD: Tensor, v_1KTD: Tensor, mask: None, **_: Any):
-    return _flash_attn_shapes(*(z.transpose(1, 2) for z in (q_1ATD, k_1KTD, v_1KTD)))[0], None
+    operator = torch.ops.redi.flash_attn_shapes
+    return operator(*(z.transpose(1, 2) for z in (q_1ATD, k_1KTD, v_1KTD)))[0], None
 
 
-@torch.library.custom_op("redi::flash_attn_shapes", mutates_args=())
-def _flash_attn_shapes(q_1TAD: Tensor, k_1TKD: Tensor, v_1TKD: Tensor) -> tuple[Tensor, Tensor]:
-    """What FlashAttention 2 keeps and uses: q, k, v, out and a log-sum-exp a head; in its backward
-    dQ in fp32 and dK, dV for every query head. An operator, as the real one is: checkpointing
-    knows it by its name (redi/blocks.py)."""
-    raise NotImplementedError("only shapes")
+# What FlashAttention 2 keeps and uses: q, k, v, out and a log-sum-exp a head; in its backward dQ in
+# fp32 and dK, dV for every query head. An operator, as the real one is: checkpointing knows it by
+# its name (redi/blocks.py). It has shapes only.
+FLASH_OPERATOR = "redi::flash_attn_shapes"
+torch.library.define(FLASH_OPERATOR, "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
 
 
-@_flash_attn_shapes.register_fake
+@torch.library.register_fake(FLASH_OPERATOR)
 def _(q_1TAD: Tensor, k_1TKD: Tensor, v_1TKD: Tensor) -> tuple[Tensor, Tensor]:
     out_1TAD = torch.empty_like(q_1TAD, memory_format=torch.contiguous_format)
     return out_1TAD, q_1TAD.new_empty(q_1TAD.shape[2], q_1TAD.shape[1], dtype=torch.float32)
@@ -234,4 +236,4 @@ def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs, *output)
 
 
-_flash_attn_shapes.register_autograd(_flash_backward, setup_context=_keep)
+torch.library.register_autograd(FLASH_OPERATOR, _flash_backward, setup_context=_keep)

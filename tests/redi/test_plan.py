@@ -112,12 +112,24 @@ def test_flash_attention_is_counted_as_it_keeps_and_uses():
     with FakeTensorMode():
         qkv = [torch.empty(s, dtype=torch.bfloat16, requires_grad=True) for s in sizes]
         with rehearsal.LiveBytes() as live:
-            out, _ = rehearsal._flash_attn_shapes(*qkv)
+            out, _ = torch.ops.redi.flash_attn_shapes(*qkv)
             kept = live.take()
             assert kept == 2 * T * A * D + 4 * T * A
             out.sum().backward()
             used = 4 * T * A * D + 4 * T * A + 2 * 2 * T * A * D
             assert live.take() - kept == pytest.approx(used + 2 * T * (A + 2 * K) * D, abs=64)
+
+
+@pytest.mark.parametrize(
+    "change", [{"rejected_floor": -4.6}, {"rejected_loss": "unlikelihood"}, {"loss_tolerance": 2.0}]
+)
+def test_the_recipes_own_loss_is_rehearsed(paper, change, monkeypatch):
+    given = []
+    make = rehearsal.make_objective
+    monkeypatch.setattr(rehearsal, "make_objective", lambda c: given.append(c) or make(c))
+    config = paper.model_copy(update={"objective": "redi", **change})
+    assert "GiB" in describe(config, gpus=8, mean_length=5000) and given
+    assert all(getattr(c, name) == value for c in given for name, value in change.items())
 
 
 def test_gathered_weights_are_bfloat16_and_stay_tied(paper):
