@@ -2,13 +2,12 @@
 
 REDI and SFT are weighted sums of log-probs with weights known beforehand: the fused path, 3 U.
 DPO, SimPO and REDI with bounded negatives learn their weights from the log-probs themselves: the
-primitive, 4 U.
+primitive, 4 U. (A single pair of DPO's or SimPO's learns but a common factor: fused again.)
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,8 +18,6 @@ from redi_kernels.checks import check_cu_seqlens, require
 from redi_kernels.head import accumulator
 from redi_kernels.logprobs import (
     Fast,
-    LogProbs,
-    SequenceLogProbs,
     segment_sum,
     sequence_logprobs,
     token_logprobs,
@@ -111,18 +108,18 @@ def redi_loss(
     num_rejected = _count("num_rejected", num_rejected, ~is_chosen_S)
     one = x_TH.new_ones((), dtype=accumulator(x_TH.dtype))
     sign_S = torch.where(is_chosen_S, -one / num_chosen, alpha * one / num_rejected)
-    valid_T = y_T != options.get("ignore_index", -100)
-    lengths_S = segment_sum(valid_T.float(), cu_seqlens).long()
+    ignore_index = options.get("ignore_index", -100)
+    lengths_S = _lengths(y_T, cu_seqlens, ignore_index)
     weight_S = sign_S / lengths_S.clamp(min=1)
-    spread = partial(torch.repeat_interleave, repeats=cu_seqlens.diff(), output_size=len(x_TH))
-    weight_T, is_chosen_T = spread(weight_S), spread(is_chosen_S)
+    weight_T, is_chosen_T = (_spread(v, cu_seqlens, len(x_TH)) for v in (weight_S, is_chosen_S))
     if pushed_T is not None:
         weight_T = torch.where(is_chosen_T | pushed_T, weight_T, 0)
     if bound is None:
         loss, logp_T, fast = weighted_logprobs(x_TH, w_VH, y_T, weight_T, bias, **options)
     else:
         out = token_logprobs(x_TH, w_VH, y_T, bias=bias, **options)
-        score_T = torch.where(is_chosen_T | ~valid_T, out.logp_T, bound(out.logp_T))
+        as_it_is_T = is_chosen_T | (y_T == ignore_index)
+        score_T = torch.where(as_it_is_T, out.logp_T, bound(out.logp_T))
         loss, logp_T, fast = (weight_T * score_T).sum(), out.logp_T.detach(), out.fast
     return RediOutput(loss, segment_sum(logp_T, cu_seqlens), lengths_S, logp_T, fast)
 
@@ -178,13 +175,14 @@ def dpo_loss(
 ) -> PreferenceOutput:
     """DPO (arXiv 2305.18290): mean over pairs of -log sigmoid(beta * (gap - reference's gap)).
 
-    The i-th chosen sequence and the i-th rejected one are a pair. `ref_logps_S`: the reference
-    model's sums, from `sequence_logprobs(token_logprobs(...).logp_T, cu_seqlens).sum_S`.
+    The i-th chosen sequence and the i-th rejected one are a pair. A call with one pair is fused,
+    3 U; with more, 4 U. `ref_logps_S`: the reference model's sums, from
+    `sequence_logprobs(token_logprobs(...).logp_T, cu_seqlens).sum_S`.
     `num_pairs`: pairs in the whole optimizer step, this call's own by default.
     """
-    out, sequences = _sequences(x_TH, w_VH, y_T, cu_seqlens, options)
-    gap = _gap(sequences.sum_S - ref_logps_S, is_chosen_S)
-    return _preference(beta * gap, num_pairs, out, sequences)
+    target = beta * _gap(ref_logps_S, is_chosen_S)
+    packed = x_TH, w_VH, y_T, cu_seqlens, is_chosen_S
+    return _preference(*packed, beta, target, num_pairs, "sum_S", options)
 
 
 def simpo_loss(
@@ -201,18 +199,53 @@ def simpo_loss(
 ) -> PreferenceOutput:
     """SimPO (arXiv 2405.14734): -log sigmoid(beta * gap of length-normalised log-probs - gamma).
 
-    Pairs as in `dpo_loss`; no reference model. `gamma` is the target margin,
+    Pairs and cost as in `dpo_loss`; no reference model. `gamma` is the target margin,
     `num_pairs` as in `dpo_loss`.
     """
-    out, sequences = _sequences(x_TH, w_VH, y_T, cu_seqlens, options)
-    margins = beta * _gap(sequences.mean_S, is_chosen_S) - gamma
-    return _preference(margins, num_pairs, out, sequences)
+    packed = x_TH, w_VH, y_T, cu_seqlens, is_chosen_S
+    return _preference(*packed, beta, gamma, num_pairs, "mean_S", options)
 
 
-def _sequences(x_TH, w_VH, y_T, cu_seqlens, options):
-    out = token_logprobs(x_TH, w_VH, y_T, **options)
+def _preference(
+    x_TH: Tensor,
+    w_VH: Tensor,
+    y_T: Tensor,
+    cu_seqlens: Tensor,
+    is_chosen_S: Tensor,
+    beta: float,
+    target: float | Tensor,
+    num_pairs: int | Tensor | None,
+    score: Literal["sum_S", "mean_S"],
+    options: dict[str, Any],
+) -> PreferenceOutput:
+    """Mean over pairs of -log sigmoid(beta * gap - target), the gap being that of the scores.
+
+    In the gradient of one pair everything is known beforehand but one factor, sigmoid(-margin). So
+    a pair on its own takes the fused path, whose backward multiplies by that. (Several would each
+    need a [V, H] gradient until then.)
+    """
+    check_cu_seqlens(cu_seqlens, len(x_TH), x_TH.device)
+    num_pairs = _count("num_pairs", num_pairs, is_chosen_S)
     ignore_index = options.get("ignore_index", -100)
-    return out, sequence_logprobs(out.logp_T, cu_seqlens, y_T, ignore_index=ignore_index)
+    total = None
+    if len(cu_seqlens) == 3:
+        one = x_TH.new_ones((), dtype=accumulator(x_TH.dtype))
+        weight_S = torch.where(is_chosen_S, one, -one) * beta / num_pairs
+        if score == "mean_S":
+            weight_S = weight_S / _lengths(y_T, cu_seqlens, ignore_index).clamp(min=1)
+        weight_T = _spread(weight_S, cu_seqlens, len(x_TH))
+        args = x_TH, w_VH, y_T, weight_T
+        total, logp_T, fast = weighted_logprobs(*args, **{"bias": None, **options})
+    else:
+        out = token_logprobs(x_TH, w_VH, y_T, **options)
+        logp_T, fast = out.logp_T, out.fast
+    sequences = sequence_logprobs(logp_T, cu_seqlens, y_T, ignore_index=ignore_index)
+    margins = beta * _gap(getattr(sequences, score), is_chosen_S) - target
+    if total is not None:  # the sums of fp64 above, and the fused path's gradient
+        margins = margins + num_pairs * (total - total.detach())
+    loss = -F.logsigmoid(margins).sum() / num_pairs
+    logps_S, lengths_S = sequences.sum_S.detach(), sequences.length_S
+    return PreferenceOutput(loss, logps_S, lengths_S, margins.detach(), logp_T.detach(), fast)
 
 
 def _gap(score_S: Tensor, is_chosen_S: Tensor) -> Tensor:
@@ -225,14 +258,14 @@ def _gap(score_S: Tensor, is_chosen_S: Tensor) -> Tensor:
     return chosen - rejected
 
 
-def _preference(
-    margins: Tensor, num_pairs: int | Tensor | None, out: LogProbs, sequences: SequenceLogProbs
-) -> PreferenceOutput:
-    num_pairs = _count("num_pairs", num_pairs, torch.ones_like(margins, dtype=torch.bool))
-    loss = -F.logsigmoid(margins).sum() / num_pairs
-    logps_S = sequences.sum_S.detach()
-    logp_T, lengths_S = out.logp_T.detach(), sequences.length_S
-    return PreferenceOutput(loss, logps_S, lengths_S, margins.detach(), logp_T, out.fast)
+def _lengths(y_T: Tensor, cu_seqlens: Tensor, ignore_index: int) -> Tensor:
+    """Valid targets of each sequence, int64."""
+    return segment_sum((y_T != ignore_index).float(), cu_seqlens).long()
+
+
+def _spread(v_S: Tensor, cu_seqlens: Tensor, T: int) -> Tensor:
+    """A sequence's value to each of its tokens."""
+    return torch.repeat_interleave(v_S, cu_seqlens.diff(), output_size=T)
 
 
 def _count(name: str, given: int | Tensor | None, mask: Tensor) -> int | Tensor:

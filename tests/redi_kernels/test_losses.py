@@ -232,33 +232,59 @@ def test_sft_is_cross_entropy(batch) -> None:
     assert_same((half.logps_S,), (redi_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN).logps_S,))
 
 
-def test_dpo_and_simpo(batch) -> None:
-    x_TH, w_VH, y_T, cu = batch
-    ref_S = torch.randn(len(LENGTHS), dtype=torch.float64)
-    logps = sequences_alone(batch)
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_dpo_and_simpo(batch, pairs: int) -> None:
+    """Several pairs by the primitive, one, its rejected sequence first, by the fused path."""
+    (x_TH, w_VH, y_T, cu), chosen_S = batch, IS_CHOSEN
+    if pairs == 1:
+        i = next(i for i, chosen in enumerate(IS_CHOSEN) if i and chosen and LENGTHS[i - 1])
+        tokens = slice(cu[i - 1], cu[i + 1])
+        x_TH, y_T, cu = x_TH[tokens], y_T[tokens], cu[i - 1 : i + 2] - cu[i - 1]
+        chosen_S = IS_CHOSEN[i - 1 : i + 1]
+        assert chosen_S.tolist() == [False, True]
+    logps = sequences_alone((x_TH, w_VH, y_T, cu))
+    ref_S = torch.randn(2 * pairs, dtype=torch.float64)
     sums = torch.stack([lp.sum() for lp in logps])
     means = torch.stack([lp.mean() if len(lp) else lp.sum() for lp in logps])
-    ref_gap = ref_S[IS_CHOSEN] - ref_S[~IS_CHOSEN]
+    ref_gap = ref_S[chosen_S] - ref_S[~chosen_S]
     cases = [
         (
-            dpo_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN, ref_S, beta=0.2),
-            reference.dpo_loss(sums[IS_CHOSEN], sums[~IS_CHOSEN], ref_gap, beta=0.2),
+            dpo_loss(x_TH, w_VH, y_T, cu, chosen_S, ref_S, beta=0.2),
+            reference.dpo_loss(sums[chosen_S], sums[~chosen_S], ref_gap, beta=0.2),
         ),
         (
-            simpo_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN, beta=1.5, gamma=0.4),
-            reference.simpo_loss(means[IS_CHOSEN], means[~IS_CHOSEN], beta=1.5, gamma=0.4),
+            simpo_loss(x_TH, w_VH, y_T, cu, chosen_S, beta=1.5, gamma=0.4),
+            reference.simpo_loss(means[chosen_S], means[~chosen_S], beta=1.5, gamma=0.4),
         ),
     ]
     for out, want in cases:
         assert_same((out.loss,), (want,))
         want = torch.autograd.grad(want, (x_TH, w_VH), retain_graph=True)  # the cases share a graph
         assert_same(gradients(out.loss, x_TH, w_VH), want)
-        assert out.margins.shape == (3,)
+        assert out.margins.shape == (pairs,)
         assert_same((out.logps_S, out.logp_T[y_T >= 0]), (sums.detach(), torch.cat(logps).detach()))
-    half = simpo_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN, beta=1.5, gamma=0.4, num_pairs=6)
+    half = simpo_loss(x_TH, w_VH, y_T, cu, chosen_S, beta=1.5, gamma=0.4, num_pairs=2 * pairs)
     assert_same((2 * half.loss,), (cases[1][0].loss,))
+    assert_same(gradients(2 * half.loss, x_TH, w_VH), want)
     with pytest.raises(ValueError, match="not pairs"):
-        simpo_loss(x_TH, w_VH, y_T, cu, torch.ones_like(IS_CHOSEN))
+        simpo_loss(x_TH, w_VH, y_T, cu, torch.ones_like(chosen_S))
+
+
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_a_pair_alone_is_fused(pairs: int, monkeypatch) -> None:
+    """3 U, as bench/count.py counts it, instead of the primitive's 4."""
+    from redi_kernels import cpu
+
+    calls = []
+    for name in ("weighted", "forward", "backward"):
+        run = getattr(cpu, name)
+        monkeypatch.setattr(
+            cpu, name, lambda *args, name=name, run=run: (calls.append(name), run(*args))[1]
+        )
+    x_TH, w_VH = torch.randn(8, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    cu, chosen_S = torch.linspace(0, 8, 2 * pairs + 1).int(), torch.arange(2 * pairs) % 2 == 0
+    simpo_loss(x_TH, w_VH, torch.arange(8), cu, chosen_S).loss.backward()
+    assert calls == (["weighted"] if pairs == 1 else ["forward", "backward"])
 
 
 def test_differentiable_lse(batch) -> None:
