@@ -28,9 +28,10 @@ from redi_kernels import fast
 from safetensors.torch import load_file
 from torch import Tensor
 
-from redi.config import DataConfig, RunConfig, TrainConfig, load_config, make_config
+from redi.config import DataConfig, RunConfig, TrainConfig
 from redi.data.build import build
 from redi.monitor import Callback, TrainState, read_metrics, say
+from redi.recipe import load_config, make_config
 from redi.run import run as run_recipe
 from redi.train import load_data, load_tokenizer, train
 

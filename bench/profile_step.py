@@ -34,10 +34,11 @@ WAITING = "  of it waiting for packs"
 def profile_steps(
     folder: Path, objective: str, tokens: int, steps: int, cpu_time: bool
 ) -> pstats.Stats:
-    from redi.config import TrainConfig, make_config
+    from redi.config import TrainConfig
     from redi.distributed import setup
     from redi.model import load_model, load_tokenizer
     from redi.monitor import TrainState
+    from redi.recipe import make_config
     from redi.train import Loop, load_data
 
     trainer_table.make_input(folder, trainer_table.Case())

@@ -27,8 +27,9 @@ def warm_up(settings: dict[str, Any]) -> None:
     """Imports what a run imports; `settings` is any recipe for `redi train`."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no threads before a fork
     torch.set_num_threads(1)
-    from redi.config import TrainConfig, make_config
+    from redi.config import TrainConfig
     from redi.model import load_model, load_tokenizer
+    from redi.recipe import make_config
     from redi.train import load_data, make_optimizer
 
     config = make_config(TrainConfig, settings, "warm_up")

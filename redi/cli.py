@@ -19,16 +19,9 @@ from typing import Annotated, Any, Literal
 import typer
 import yaml
 
-from redi.config import (
-    DataConfig,
-    EvalConfig,
-    RunConfig,
-    StudyConfig,
-    TrainConfig,
-    load_config,
-    make_config,
-)
+from redi.config import DataConfig, EvalConfig, RunConfig, StudyConfig, TrainConfig
 from redi.errors import RediError
+from redi.recipe import load_config, make_config
 
 app = typer.Typer(
     add_completion=False,
@@ -260,7 +253,7 @@ def _config(kind: type, file: Path | None, args: list[str]) -> Any:
     if file is not None:
         return load_config(kind, file, overrides)
     content: dict[str, Any] = {}
-    from redi.config import set_field
+    from redi.recipe import set_field
 
     for key, value in overrides.items():
         set_field(content, key, value)

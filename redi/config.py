@@ -1,46 +1,15 @@
-"""Recipes: what a YAML file may say, checked before any work starts.
+"""What a recipe may say, checked before any work starts (redi/recipe.py reads the file).
 
 A recipe for `redi run` is a `RunConfig`; a recipe for `redi train` is a `TrainConfig`. Field names
-are Hugging Face's where it has one. An unknown key is an error that suggests the nearest name; a
-value of the wrong type or an impossible combination is an error that names the field.
+are Hugging Face's where it has one.
 """
 
-import difflib
-import os
 import warnings
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from redi.errors import RediError
-
-# Names people bring from other trainers, and what to write here instead.
-KNOWN_ELSEWHERE = {
-    "per_device_train_batch_size": (
-        "a step is counted over all GPUs: set train_batch_size to "
-        "per_device_train_batch_size x gradient_accumulation_steps x GPUs"
-    ),
-    "gradient_accumulation_steps": (
-        "a step is train_batch_size examples; max_tokens_per_batch bounds what is in memory at once"
-    ),
-    "torch_dtype": "use dtype",
-    "packing": "traces are always packed, without padding",
-    "reinforce_rejected_coef": "use alpha",
-    "loss_type": "use objective: sft, redi, dpo or simpo",
-    "gamma": "use simpo_gamma",
-    "precompute_ref_log_probs": "objective: dpo computes them once, before the first step",
-}
-
+from redi.recipe import Strict
 
 DEFAULT_BETA = {"dpo": 0.1, "simpo": 2.0}
 
@@ -52,12 +21,6 @@ def _has_slot(template: str) -> str:
 
 
 PromptTemplate = Annotated[str, AfterValidator(_has_slot)]  # the user's turn
-
-
-class Strict(BaseModel):
-    model_config: ClassVar[ConfigDict] = ConfigDict(
-        extra="forbid", validate_assignment=True, protected_namespaces=()
-    )
 
 
 # The paper's rules (arXiv 2505.24850, its data scripts); docs/data.md says what each one does.
@@ -143,6 +106,25 @@ class DataConfig(Strict):
         return bool(self.max_length or self.max_prompt_length or self.max_completion_length)
 
 
+# The paper's final numbers (arXiv 2505.24850, section 3.3, C.5; its evaluation script). Its chat
+# template for evaluation leaves out the line break before <think>, which training has; ours not.
+PAPER_EVAL: dict[str, Any] = {
+    "num_samples": 16,
+    "temperature": 0.6,
+    "top_p": 0.95,
+    "max_new_tokens": 30720,
+    "grader": "rllm",
+    "system_prompt": r"Please reason step by step, and put your final answer within \boxed{}.",
+    "answer_prefix": "<think>\n",
+    "prompt_template": (
+        "Solve the following math problem efficiently and clearly.  The last line of your response "
+        "should be of the following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I "
+        "hope it is correct' (without quotes) where ANSWER is just the final number or expression "
+        "that solves the problem. Think step by step before answering.\n\n{problem}"
+    ),
+}
+
+
 class EvalConfig(Strict):
     """`redi eval`: sample answers and grade them."""
 
@@ -197,8 +179,6 @@ class EvalConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, content: Any) -> Any:
-        from redi.evaluation.benchmarks import PAPER_EVAL
-
         is_paper = isinstance(content, dict) and content.get("preset") == "paper"
         return PAPER_EVAL | content if is_paper else content
 
@@ -510,66 +490,3 @@ class StudyConfig(Strict):
         if unknown:
             raise ValueError(f"followed: {unknown[0]!r} is none of the arms {sorted(self.arms)}")
         return self
-
-
-Config = TypeVar("Config", bound=BaseModel)
-
-
-def load_config(kind: type[Config], path: str | os.PathLike, overrides: dict[str, Any]) -> Config:
-    """Reads a YAML recipe into `kind`; `overrides` (dotted keys allowed) win over the file.
-
-    Raises RediError for a missing file, text that is not YAML, unknown keys, and bad values.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise RediError(f"{file}: no such recipe")
-    try:
-        content = yaml.safe_load(file.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RediError(f"{file}: not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise RediError(f"{file}: a recipe is a mapping of fields to values")
-    for key, value in overrides.items():
-        set_field(content, key, value)
-    return make_config(kind, content, str(file))
-
-
-def make_config(kind: type[Config], content: dict[str, Any], where: str) -> Config:
-    """Validates `content` as `kind`. Raises RediError that names `where` and every bad field."""
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        raise RediError(
-            f"{where}: " + "; ".join(_explain(kind, e) for e in error.errors())
-        ) from None
-
-
-def set_field(content: dict[str, Any], key: str, value: Any) -> None:
-    """Sets `a.b.c` in nested dictionaries, making sections as needed."""
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        content = content.setdefault(parent, {})
-        if not isinstance(content, dict):
-            raise RediError(f"--{key}: {parent} is not a section of the recipe")
-    content[leaf] = value
-
-
-def _explain(kind: type[BaseModel], error: Any) -> str:
-    field = ".".join(str(part) for part in error["loc"])
-    if error["type"] != "extra_forbidden":
-        message = error["msg"].removeprefix("Value error, ")
-        if error["type"] == "missing":
-            return f"{field} is required"
-        return f"{field}: {message}" if field else message
-    for part in error["loc"][:-1]:  # walk down to the section that holds the unknown key
-        annotation = kind.model_fields[part].annotation
-        kind = next(
-            a
-            for a in (annotation, *getattr(annotation, "__args__", ()))
-            if isinstance(a, type) and issubclass(a, BaseModel)
-        )
-    leaf = str(error["loc"][-1])
-    if leaf in KNOWN_ELSEWHERE:
-        return f"unknown key {field}: {KNOWN_ELSEWHERE[leaf]}"
-    near = difflib.get_close_matches(leaf, kind.model_fields, n=1)
-    return f"unknown key {field}" + (f"; did you mean {near[0]}?" if near else "")

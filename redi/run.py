@@ -24,13 +24,14 @@ from typing import Any
 
 import yaml
 
-from redi.config import DataConfig, EvalConfig, RunConfig, TrainConfig, load_config, make_config
+from redi.config import DataConfig, EvalConfig, RunConfig, TrainConfig
 from redi.data.files import find_files, is_hub_name
 from redi.errors import RediError
 from redi.evaluation.evaluate import EvalResult, evaluate
 from redi.files import write_text
 from redi.monitor import ticker
 from redi.pages.run import RECIPE, write_run_page
+from redi.recipe import load_config, make_config
 from redi.report import write_report
 
 DONE = "done.json"

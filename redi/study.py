@@ -21,14 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from redi.config import (
-    RunConfig,
-    StudyArm,
-    StudyConfig,
-    TrainConfig,
-    load_config,
-    make_config,
-)
+from redi.config import RunConfig, StudyArm, StudyConfig, TrainConfig
 from redi.data.arithmetic import TEACHERS
 from redi.data.read import read_rows
 from redi.errors import RediError
@@ -37,6 +30,7 @@ from redi.evaluation.results import EvalResult
 from redi.files import write_text
 from redi.follow import Snapshots
 from redi.monitor import read_metrics, say
+from redi.recipe import load_config, make_config
 from redi.run import Job, run
 from redi.study_report import Report
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from redi import checkpoint, distributed
-from redi.config import TrainConfig, load_config, make_config
+from redi.config import TrainConfig
 from redi.data.divergence import push_from_divergence
 from redi.data.pack import Pack, pack_step
 from redi.data.prefetch import Prefetch, pin
@@ -30,6 +30,7 @@ from redi.meter import Meter
 from redi.model import PackedLM, load_model, load_tokenizer
 from redi.monitor import MetricsFile, TrainState, notify, read_metrics, say
 from redi.objectives import NEEDS_PAIRS, PackLoss, StepCounts, make_objective
+from redi.recipe import load_config, make_config
 from redi.reference import with_reference
 from redi.schedule import Schedule
 from redi.screen import Screen

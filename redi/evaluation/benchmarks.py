@@ -1,4 +1,4 @@
-"""The benchmarks of `redi eval --benchmarks`: where their problems are, how the paper poses them.
+"""The benchmarks of `redi eval --benchmarks`: where their problems are.
 
 Files may be .json (one array), .jsonl or .parquet, named as here (`files`), as the paper's
 evaluation code names them. Without a file, the name on the Hub is used (needs `datasets`).
@@ -6,7 +6,6 @@ evaluation code names them. Without a file, the name on the Hub is used (needs `
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from redi.errors import RediError
 
@@ -35,24 +34,6 @@ BENCHMARKS = {
         675,
     ),
     "gsm8k": Benchmark("GSM8K", ("gsm8k", "gsm8k/test"), "openai/gsm8k:main@test", 1319),
-}
-
-# The paper's final numbers (arXiv 2505.24850, section 3.3, C.5; its evaluation script). Its chat
-# template for evaluation leaves out the line break before <think>, which training has; ours not.
-PAPER_EVAL: dict[str, Any] = {
-    "num_samples": 16,
-    "temperature": 0.6,
-    "top_p": 0.95,
-    "max_new_tokens": 30720,
-    "grader": "rllm",
-    "system_prompt": r"Please reason step by step, and put your final answer within \boxed{}.",
-    "answer_prefix": "<think>\n",
-    "prompt_template": (
-        "Solve the following math problem efficiently and clearly.  The last line of your response "
-        "should be of the following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I "
-        "hope it is correct' (without quotes) where ANSWER is just the final number or expression "
-        "that solves the problem. Think step by step before answering.\n\n{problem}"
-    ),
 }
 
 

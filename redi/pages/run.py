@@ -255,8 +255,9 @@ def samples_of(
 
 def _questions(folder: Path, task_dir: Path | None) -> dict[str, Any]:
     """The problems asked, by id; none where the dataset is gone."""
-    from redi.config import EvalConfig, make_config
+    from redi.config import EvalConfig
     from redi.evaluation.evaluate import read_questions
+    from redi.recipe import make_config
 
     settings = _read_json(folder / "evaluation.json").get("config", {})
     name = Path(settings.get("dataset_name", ""))

@@ -12,10 +12,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from redi import blocks
-from redi.config import TrainConfig, make_config
+from redi.config import TrainConfig
 from redi.data.pack import pack_traces
 from redi.errors import RediError
 from redi.model import load_model, load_tokenizer
+from redi.recipe import make_config
 from redi.train import load_data
 
 

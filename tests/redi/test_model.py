@@ -5,11 +5,12 @@ import pytest
 import tiny
 import torch
 
-from redi.config import TrainConfig, make_config
+from redi.config import TrainConfig
 from redi.data.pack import pack_traces
 from redi.data.tokenize import Trace
 from redi.errors import RediError
 from redi.model import PackedLM, load_model, sequence_logps
+from redi.recipe import make_config
 
 
 def traces(count: int = 5) -> list[Trace]:

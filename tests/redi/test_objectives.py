@@ -9,7 +9,7 @@ import tiny
 import torch
 from redi_kernels import fast
 
-from redi.config import TrainConfig, make_config
+from redi.config import TrainConfig
 from redi.data.divergence import push_from_divergence
 from redi.data.pack import IGNORE_INDEX, pack_step, pack_traces
 from redi.data.tokenize import Trace
@@ -20,6 +20,7 @@ from redi.objectives import (
     StepCounts,
     make_objective,
 )
+from redi.recipe import make_config
 from redi.train import load_data
 from redi.vitals import NUM_SUMS, pack_sums, step_means
 

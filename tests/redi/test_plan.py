@@ -9,11 +9,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from redi import attention, rehearsal
-from redi.config import TrainConfig, load_config
+from redi.config import TrainConfig
 from redi.errors import RediError
 from redi.meter import model_flops
 from redi.model import load_model_config
 from redi.plan import GIB, Planner, _memory, describe
+from redi.recipe import load_config
 from redi.train import train
 
 

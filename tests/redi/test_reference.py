@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from redi import reference
-from redi.config import TrainConfig, make_config
+from redi.config import TrainConfig
 from redi.errors import RediError
 from redi.monitor import read_metrics
+from redi.recipe import make_config
 from redi.train import train
 
 

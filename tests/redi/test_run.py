@@ -15,8 +15,9 @@ import yaml
 from safetensors.torch import load_file
 
 from redi import run as run_module
-from redi.config import RunConfig, load_config, make_config
+from redi.config import RunConfig
 from redi.errors import RediError
+from redi.recipe import load_config, make_config
 from redi.run import Job, run
 
 ARMS = ("control", "redi")

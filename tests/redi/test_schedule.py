@@ -5,7 +5,8 @@ import pytest
 import torch
 import transformers
 
-from redi.config import TrainConfig, make_config
+from redi.config import TrainConfig
+from redi.recipe import make_config
 from redi.schedule import Schedule
 
 

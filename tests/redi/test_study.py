@@ -10,10 +10,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from redi.config import StudyConfig, load_config, make_config
+from redi.config import StudyConfig
 from redi.data.read import read_rows
 from redi.errors import RediError
 from redi.evaluation.results import t_interval
+from redi.recipe import load_config, make_config
 from redi.study import Study, half_decade, study
 from redi.study_report import Report
 

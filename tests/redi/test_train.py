@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 import redi
 import redi.train as train_module
 from redi import checkpoint, faults
-from redi.config import TrainConfig, make_config
+from redi.config import TrainConfig
 from redi.errors import Interrupted, RediError
 from redi.monitor import read_metrics, timeless
+from redi.recipe import make_config
 from redi.schedule import Schedule
 from redi.train import train
 

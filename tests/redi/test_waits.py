@@ -10,10 +10,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from redi.config import TrainConfig, make_config
+from redi.config import TrainConfig
 from redi.distributed import Ranks
 from redi.model import load_model, load_tokenizer
 from redi.monitor import TrainState
+from redi.recipe import make_config
 from redi.reference import with_reference
 from redi.train import Loop, load_data
 

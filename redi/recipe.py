@@ -1,0 +1,101 @@
+"""Reading recipes: YAML and `--field value` into a checked config, or an error that helps.
+
+An unknown key is an error that suggests the nearest name; a value of the wrong type or an
+impossible combination is an error that names the field.
+"""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from redi.errors import RediError
+
+# Names people bring from other trainers, and what to write here instead.
+KNOWN_ELSEWHERE = {
+    "per_device_train_batch_size": (
+        "a step is counted over all GPUs: set train_batch_size to "
+        "per_device_train_batch_size x gradient_accumulation_steps x GPUs"
+    ),
+    "gradient_accumulation_steps": (
+        "a step is train_batch_size examples; max_tokens_per_batch bounds what is in memory at once"
+    ),
+    "torch_dtype": "use dtype",
+    "packing": "traces are always packed, without padding",
+    "reinforce_rejected_coef": "use alpha",
+    "loss_type": "use objective: sft, redi, dpo or simpo",
+    "gamma": "use simpo_gamma",
+    "precompute_ref_log_probs": "objective: dpo computes them once, before the first step",
+}
+
+
+class Strict(BaseModel):
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", validate_assignment=True, protected_namespaces=()
+    )
+
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def load_config(kind: type[Config], path: str | os.PathLike, overrides: dict[str, Any]) -> Config:
+    """Reads a YAML recipe into `kind`; `overrides` (dotted keys allowed) win over the file.
+
+    Raises RediError for a missing file, text that is not YAML, unknown keys, and bad values.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise RediError(f"{file}: no such recipe")
+    try:
+        content = yaml.safe_load(file.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RediError(f"{file}: not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise RediError(f"{file}: a recipe is a mapping of fields to values")
+    for key, value in overrides.items():
+        set_field(content, key, value)
+    return make_config(kind, content, str(file))
+
+
+def make_config(kind: type[Config], content: dict[str, Any], where: str) -> Config:
+    """Validates `content` as `kind`. Raises RediError that names `where` and every bad field."""
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise RediError(
+            f"{where}: " + "; ".join(_explain(kind, e) for e in error.errors())
+        ) from None
+
+
+def set_field(content: dict[str, Any], key: str, value: Any) -> None:
+    """Sets `a.b.c` in nested dictionaries, making sections as needed."""
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
+            raise RediError(f"--{key}: {parent} is not a section of the recipe")
+    content[leaf] = value
+
+
+def _explain(kind: type[BaseModel], error: Any) -> str:
+    field = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        message = error["msg"].removeprefix("Value error, ")
+        if error["type"] == "missing":
+            return f"{field} is required"
+        return f"{field}: {message}" if field else message
+    for part in error["loc"][:-1]:  # walk down to the section that holds the unknown key
+        annotation = kind.model_fields[part].annotation
+        kind = next(
+            a
+            for a in (annotation, *getattr(annotation, "__args__", ()))
+            if isinstance(a, type) and issubclass(a, BaseModel)
+        )
+    leaf = str(error["loc"][-1])
+    if leaf in KNOWN_ELSEWHERE:
+        return f"unknown key {field}: {KNOWN_ELSEWHERE[leaf]}"
+    near = difflib.get_close_matches(leaf, kind.model_fields, n=1)
+    return f"unknown key {field}" + (f"; did you mean {near[0]}?" if near else "")
