@@ -1,6 +1,6 @@
 """What fast mode leaves out and puts back, against fp64: docs/fast-mode.md quotes these tables.
 
-    python bench/fast_frontier.py FILE.pt... --plot docs/fast-mode.png
+    python bench/fast_frontier.py FILE.pt... --plot docs/fast-mode/frontier.png
 
 FILEs are bench/activations.py's; the first --tokens of each, rounded to bf16. Weights are REDI's
 (alpha 0.8) where a file has right and wrong sequences, else those of a mean NLL. Rows:
@@ -15,11 +15,14 @@ f: share computed. cost: 1 + 2f (+ K/H) in U, logits kept, as the fused path doe
 over bf16's. bias: error of dX summed over tokens, over bf16's. max: largest error over RMS. Adam:
 share of coordinates whose first step keeps its sign, for target rows, other rows that are active
 in some block, and rows that never are; cos: median cosine of the last kind's dW rows.
+The plot has the forms on the first file and the tolerances on all.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,22 +71,43 @@ class Truth:
         dx, dw = error.norm() / self.dx.norm(), (got[1] - self.dw).norm() / self.dw.norm()
         return float(dx), float(dw), float(bias)
 
-    def row(self, name: str, f: float, cost: float, got: Gradients, never_V: Tensor) -> str:
+    def point(self, name: str, f: float, cost: float, got: Gradients, never_V: Tensor) -> "Point":
         dx, dw, bias = (e / u for e, u in zip(self.errors(got), self.unit, strict=True))
         largest = (got[0] - self.dx).abs().max() / self.dx.square().mean().sqrt()
         classes = (self.is_target, ~self.is_target & ~never_V, never_V)
         adam = [_agreement(got[1][rows], self.dw[rows]) for rows in classes]
         cosine = F.cosine_similarity(got[1][never_V], self.dw[never_V], dim=1)
-        cos = f"{cosine.median():.3f}" if never_V.any() else "-"
         zero = float((got[1] == 0).all(dim=1).float().mean())
+        cosine = cosine.median().item() if never_V.any() else None
+        return Point(name, f, cost, dx, float(largest), bias, dw, adam, cosine, zero)
+
+
+@dataclass
+class Point:
+    """One row of the table."""
+
+    name: str
+    f: float
+    cost: float
+    dx: float
+    largest: float
+    bias: float
+    dw: float
+    adam: list[float | None]  # targets, active, never active
+    cosine: float | None
+    zero: float
+
+    def __str__(self) -> str:
+        adam = " | ".join("-" if share is None else f"{share:.1%}" for share in self.adam)
+        cosine = "-" if self.cosine is None else f"{self.cosine:.3f}"
         return (
-            f"| {name} | {f:.3f} | {cost:.2f} | {dx:.2f} | {largest:.2f} | {bias:.3g} | {dw:.2f} "
-            f"| {adam[0]} | {adam[1]} | {adam[2]} | {cos} | {zero:.1%} |"
+            f"| {self.name} | {self.f:.3f} | {self.cost:.2f} | {self.dx:.2f} | {self.largest:.2f} "
+            f"| {self.bias:.3g} | {self.dw:.2f} | {adam} | {cosine} | {self.zero:.1%} |"
         )
 
 
-def _agreement(got: Tensor, want: Tensor) -> str:
-    return f"{(got.sign() == want.sign()).float().mean():.1%}" if len(want) else "-"
+def _agreement(got: Tensor, want: Tensor) -> float | None:
+    return float((got.sign() == want.sign()).float().mean()) if len(want) else None
 
 
 def filtered(truth: Truth) -> tuple[str, float, float, Gradients, Tensor]:
@@ -167,41 +191,91 @@ def main() -> None:
     parser.add_argument("--tolerances", type=float, nargs="*", default=[0.5, 1, 2, 4, 8])
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    points: dict[str, list[tuple[float, float]]] = {}
+    tables: list[tuple[str, list[Point]]] = []
     for path in args.files:
         truth = Truth(path, args.tokens)
         print(HEADER.format(source=truth.source, nll=truth.nll))
         none_V = torch.zeros(len(truth.w), dtype=torch.bool)
-        print(truth.row("bf16", 1, 3, truth.dense(truth.g.bfloat16().float()), none_V))
-        print(truth.row(*filtered(truth)), flush=True)
+        points = []
+
+        def show(*form: Any, truth: Truth = truth, points: list[Point] = points) -> None:
+            points.append(truth.point(*form))
+            print(points[-1], flush=True)
+
+        show("bf16", 1, 3, truth.dense(truth.g.bfloat16().float()), none_V)
+        show(*filtered(truth))
         for form in thresholds(truth, args.exponents):
-            print(truth.row(*form), flush=True)
-            label = form[0].partition(": ")[2] + " put back"
-            points.setdefault(label, []).append((form[2], truth.errors(form[3])[0]))
+            show(*form)
         remarks = []
         for tolerance in args.tolerances:
             form, says = library(truth, tolerance)
-            print(truth.row(*form), flush=True)
+            show(*form)
             remarks.append(says)
-            points.setdefault(truth.source, []).append((form[2], truth.errors(form[3])[0]))
         dx, dw, bias = truth.unit
         print(f"\nbf16: dX {dx:.1e}, dW {dw:.1e}, bias {bias:.1e}. " + ". ".join(remarks) + ".")
+        tables.append((f"{truth.source}, {truth.nll:.2f} nats", points))
     if args.plot:
-        plot(points, args.plot)
+        plot(tables, args.plot)
 
 
-def plot(points: dict[str, list[tuple[float, float]]], path: Path) -> None:
+FORMS = {
+    "nothing put back": ": nothing",
+    "evenly": "evenly",
+    "by share (rank 1 per sign)": "share",
+    "by share, dW from 8 moments": " 8 moments",
+    "by share, dW from 32 moments": "32 moments",
+    "by share, dW from 128 moments": "128 moments",
+}
+
+
+def plot(tables: list[tuple[str, list[Point]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for label, line in points.items():
-        if "put back" not in label:
-            axes.plot(*zip(*sorted(line), strict=True), "o-", label=label)
-    axes.axhline(1.6e-3, color="gray", linestyle=":", label="d(logits) rounded to bf16 (3 U)")
-    axes.set(xlabel="cost in U (exact: 3)", ylabel="RMS error of dX", yscale="log")
-    axes.legend(fontsize=8)
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.8))
+    source, points = tables[0]
+    panel(axes[0], "RMS error of dX, over bf16's", points, lambda p: p.dx, list(FORMS)[:3])
+    for other, rows in tables[1:]:
+        line(axes[0], rows, lambda p: p.dx, "**", "", label=f"same, {other}", ms=3, lw=1, alpha=0.6)
+    panel(axes[1], "RMS error of dW, over bf16's", points, lambda p: p.dw, list(FORMS))
+    panel(axes[2], "rows never active: signs as in the truth", points, lambda p: p.adam[2], FORMS)
+    for error in axes[:2]:
+        error.axhline(1, color="gray", ls=":", label="d(logits) rounded to bf16, at 3 U")
+        error.set_yscale("log")
+    axes[2].yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    for each in axes[:2]:
+        each.legend(fontsize=7)
+    figure.suptitle(f"{source}; the same in all three: cost in U, exact is 3", fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def panel(axes: Any, title: str, points: list[Point], value: Any, forms: Iterable[str]) -> None:
+    import matplotlib.pyplot as plt
+
+    for form, color in zip(forms, plt.cm.viridis.colors[::42], strict=False):
+        line(axes, points, value, "threshold", FORMS[form], label=form, color=color)
+    line(axes, points, value, "CCE", "", label="CCE's filter", marker="s", color="tab:red", ls="")
+    ours = {"label": "redi_kernels: tolerance 0.5 to 8", "color": "tab:orange"}
+    line(axes, points, value, "**", "", marker="D", lw=2, **ours)
+    axes.set_title(title, fontsize=10)
+
+
+def line(
+    axes: Any,
+    points: list[Point],
+    value: Any,
+    start: str,
+    end: str,
+    marker: str = "o",
+    **style: Any,
+) -> None:
+    chosen = [p for p in points if p.name.startswith(start) and p.name.endswith(end)]
+    chosen.sort(key=lambda point: point.cost)
+    axes.plot([p.cost for p in chosen], [value(p) for p in chosen], marker=marker, **style)
 
 
 if __name__ == "__main__":
