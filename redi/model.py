@@ -5,6 +5,7 @@ of `redi_kernels`, so the [T, V] logits never exist.
 """
 
 import contextlib
+import gc
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -179,6 +180,7 @@ def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> Pa
     """
     from transformers import AutoModelForCausalLM
 
+    gc.collect()  # an earlier stage's model, which cycles of references keep, may be gigabytes
     model_config = load_model_config(config)
     common = {
         "dtype": torch.float32,

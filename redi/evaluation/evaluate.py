@@ -12,6 +12,7 @@ and ends in the same files.
 """
 
 import dataclasses
+import gc
 import hashlib
 import json
 import os
@@ -120,6 +121,7 @@ def _load(name: str) -> tuple[Any, Any]:
 
     from redi.model import load_tokenizer_from, no_progress_bars
 
+    gc.collect()  # a trained model may still be there, as in load_model
     tokenizer = load_tokenizer_from(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

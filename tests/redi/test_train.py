@@ -1,5 +1,6 @@
 """The loop: what it writes, that it continues exactly, and what it refuses."""
 
+import gc
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ import redi.train as train_module
 from redi import checkpoint, faults
 from redi.config import TrainConfig
 from redi.errors import Interrupted, RediError
+from redi.model import PackedLM
 from redi.monitor import read_metrics, timeless
 from redi.recipe import make_config
 from redi.schedule import Schedule
@@ -418,3 +421,24 @@ def test_two_stages(tmp_path):
     first = metrics(tmp_path / "out")[0]
     assert first["logps/chosen"] == pytest.approx(sft.metrics["logps/chosen"], abs=0.4)
     assert "logps/rejected" not in sft.metrics
+
+
+def test_the_model_before_is_gone_when_the_next_one_is_loaded(tmp_path, monkeypatch):
+    """`redi run` trains stage after stage; each would keep the last one's gigabytes. (Python's own
+    collector comes round to them late, or, as here, not at all.)"""
+    made, alive = [], []
+    init = PackedLM.__init__
+
+    def remembered(self, *args, **kwargs):
+        alive.append(sum(reference() is not None for reference in made))
+        made.append(weakref.ref(self))
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(PackedLM, "__init__", remembered)
+    gc.disable()
+    try:
+        for name in "ab":
+            train(tiny.train_settings(tmp_path, output_dir=str(tmp_path / name), max_steps=1))
+    finally:
+        gc.enable()
+    assert alive == [0, 0]
