@@ -39,7 +39,7 @@ HEADING = """<!-- made by bench/memory.py -->
 
 `make memory`: every tensor between the inputs and the two gradients, forward and backward of a mean
 cross entropy in bf16, counted on fake tensors. The fused path's figure does not grow with T. The
-primitive's grows, beyond 43k tokens, by 8 KiB of slab and 4 H bytes of fp32 dX per token.
+primitive's grows by 4 H bytes of fp32 dX per token and, beyond 43k tokens, by 8 KiB of slab too.
 """
 TOKENS = (8192, 32768, 131072)
 LIMIT = 0.4e9  # beyond gradients and one fp32 accumulator, at T = 32768, Qwen2.5-1.5B

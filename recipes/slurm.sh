@@ -5,7 +5,8 @@
 #   sbatch --nodes 4 recipes/slurm.sh RECIPE --learning_rate 2e-6       any field of the recipe
 #
 # One torchrun a node; the first node is where they meet. Slurm sends SIGTERM two minutes before the time limit:
-# redi saves and ends with exit code 0, and the same sbatch command continues. The job's shell waits for it.
+# the ranks save and end with 0 (torchrun itself with 1, so Slurm may call the job failed), and the same sbatch command
+# continues. A step and a save must fit into the 30 seconds that torchrun waits: docs/training.md.
 #SBATCH --job-name=redi
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8

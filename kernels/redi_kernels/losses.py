@@ -54,7 +54,7 @@ class PreferenceOutput:
     lengths_S: Tensor
     margins: Tensor  # [S / 2]: what the sigmoid sees, per pair; detached
     logp_T: Tensor
-    fast: Fast | None = None  # filled in by the backward
+    fast: Fast | None = None  # of several pairs: filled in by the backward
 
 
 def redi_loss(
