@@ -61,7 +61,8 @@ def varlen_attention(
         raise ValueError("redi_varlen takes no attention mask: boundaries come from cu_seqlens")
     q_TAD, k_TKD, v_TKD = (z[0].transpose(0, 1) for z in (q_1ATD, k_1KTD, v_1KTD))
     longest = max(seqlens)
-    flash = _flash_varlen() if q_TAD.is_cuda else None
+    narrow = q_TAD.dtype in (torch.float16, torch.bfloat16)  # all that FlashAttention takes
+    flash = _flash_varlen() if q_TAD.is_cuda and narrow else None
     if flash is not None:
         out_TAD = flash(
             q_TAD, k_TKD, v_TKD, cu_seqlens, cu_seqlens, longest, longest,

@@ -435,6 +435,8 @@ class RunConfig(Strict):
     def _consistent(self) -> "RunConfig":
         if (self.task is None) == (self.data is None):
             raise ValueError("give exactly one of task (generate data) and data (read it)")
+        if self.eval.benchmarks is not None:
+            raise ValueError("eval.benchmarks: redi run takes eval.dataset_name; use redi eval")
         if self.baseline is not None and self.baseline not in {"sft", *self.arms}:
             raise ValueError(f"baseline {self.baseline!r} is none of the arms {sorted(self.arms)}")
         reserved = {"pretrain", "sft", "data", "plots"} & set(self.arms)

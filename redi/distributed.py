@@ -8,7 +8,7 @@ gloo.
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -104,7 +104,8 @@ def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, *, bf16: bool
     )
     for block in blocks:
         fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+    # a pack's log-probs of DPO's reference must arrive in float32; its ids need no cast
+    fully_shard(model, mp_policy=replace(policy, cast_forward_inputs=False))
 
 
 def reshard(model: nn.Module) -> None:

@@ -9,5 +9,9 @@ class RediError(Exception):
     """
 
 
+class VerifierFailed(RediError):
+    """A process that judges answers did not start: the machine's fault, not the input's."""
+
+
 class Interrupted(Exception):
     """A signal asked a run to stop, and it has saved where it stands."""

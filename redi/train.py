@@ -223,7 +223,7 @@ class Loop:
                     if stopping or alarm or self._due(state, self.config.save_steps):
                         self.save(state, listeners)
                     if stopping:
-                        raise Interrupted(f"{_stopped(state)}; run the same command to continue")
+                        raise Interrupted(f"{_stopped(state)}; {self._how_to_continue()}")
                     self.stop_if_collapsed(state)
             finally:
                 self.work.close()
@@ -356,6 +356,11 @@ class Loop:
                 say(f"WARNING: {error}")
         else:
             notify(listeners, "on_save", state)
+
+    def _how_to_continue(self) -> str:
+        if self.config.resume_from_checkpoint in ("auto", True):
+            return "run the same command to continue"
+        return "to continue run it with resume_from_checkpoint: auto"  # else it starts over
 
     def _due(self, state: TrainState, every: int) -> bool:
         return state.step % every == 0 or state.step == state.total_steps

@@ -124,8 +124,11 @@ def _compute_dtype(x_TH: Tensor, w_VH: Tensor) -> torch.dtype:
 
 
 def _has_kernels(x_TH: Tensor) -> bool:
-    wide = x_TH.dtype == torch.float64
-    return x_TH.is_cuda and not wide and importlib.util.find_spec("triton") is not None
+    if not x_TH.is_cuda or x_TH.dtype == torch.float64:
+        return False
+    if not torch.version.hip and torch.cuda.get_device_capability(x_TH.device) < (8, 0):
+        return False  # too little shared memory for the tiles, and no bf16
+    return importlib.util.find_spec("triton") is not None
 
 
 def has_values(t: Tensor) -> bool:
@@ -136,7 +139,7 @@ def has_values(t: Tensor) -> bool:
 def require(condition: Tensor, message: str) -> None:
     """ValueError on CPU; elsewhere a device-side assertion, which does not wait for the device."""
     if condition.device.type == "cpu":
-        if not condition:
+        if has_values(condition) and not condition:
             raise ValueError(message)
     else:
         torch._assert_async(condition, message)

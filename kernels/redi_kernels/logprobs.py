@@ -115,7 +115,8 @@ def weighted_logprobs(
     known before the forward.
 
     `weight_T` [T] is a constant: it gets no gradient. 3 U in the forward where a gradient is
-    needed, 1 U where none is; the backward multiplies by one scalar.
+    needed, 1 U where none is; the backward multiplies by one scalar. In fp16, 4 U: gradients must
+    not be rounded before GradScaler's factor, the scalar, has reached them.
     Options as in `token_logprobs`.
     """
     checked = check(x_TH, w_VH, y_T, bias, **options)
@@ -127,6 +128,9 @@ def weighted_logprobs(
             0
         ]
         return (weight_T * logp_T).sum(), logp_T.detach(), None
+    if checked.dtype == torch.float16:
+        out = token_logprobs(x_TH, w_VH, y_T, bias=bias, **options)
+        return (weight_T * out.logp_T).sum(), out.logp_T.detach(), None
     grad = torch.is_grad_enabled()
     needs = tuple(grad and t is not None and t.requires_grad for t in (x_TH, w_VH, bias))
     total, logp_T, *fast = _WeightedSum.apply(x_TH, w_VH, bias, y_T, weight_T, checked, needs)
@@ -312,7 +316,11 @@ def _weighted(
         logp_N, *grads = _load(backend).weighted(x_NH, w_VH, valid.y_N, weight_N, head, needs)
     logp_T = valid.put(logp_N)
     grads = _gradients(valid, x_TH, bias, *grads)
-    return (weight_T * logp_T).sum(), logp_T, *grads, *_report(valid, logp_T, report)
+    if tolerance and report is None:
+        dropped_T, active, error = vars(Fast.empty(x_TH)).values()
+    else:
+        dropped_T, active, error = _report(valid, logp_T, report)
+    return (weight_T * logp_T).sum(), logp_T, *grads, dropped_T, active, error
 
 
 @_logprobs.register_fake

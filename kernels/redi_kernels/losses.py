@@ -93,12 +93,7 @@ def redi_loss(
     |y| counts valid targets; a sequence without any adds 0 and still counts. The loss can be
     differentiated once; `logps_S` is detached.
     """
-    check_cu_seqlens(cu_seqlens, len(x_TH), x_TH.device)
-    if is_chosen_S.dtype != torch.bool or len(is_chosen_S) != len(cu_seqlens) - 1:
-        raise ValueError(
-            f"is_chosen_S must be bool [{len(cu_seqlens) - 1}], one per sequence of cu_seqlens, "
-            f"not {is_chosen_S.dtype} {list(is_chosen_S.shape)}"
-        )
+    _check_packed(x_TH, cu_seqlens, is_chosen_S)
     if pushed_T is not None and (pushed_T.dtype != torch.bool or pushed_T.shape != y_T.shape):
         raise ValueError(
             f"pushed_T must be bool [{len(y_T)}], not {pushed_T.dtype} {list(pushed_T.shape)}"
@@ -177,9 +172,14 @@ def dpo_loss(
 
     The i-th chosen sequence and the i-th rejected one are a pair. A call with one pair is fused,
     3 U; with more, 4 U. `ref_logps_S`: the reference model's sums, from
-    `sequence_logprobs(token_logprobs(...).logp_T, cu_seqlens).sum_S`.
+    `sequence_logprobs(token_logprobs(...).logp_T, cu_seqlens).sum_S`; not in half precision.
     `num_pairs`: pairs in the whole optimizer step, this call's own by default.
     """
+    if ref_logps_S.dtype in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"ref_logps_S is {ref_logps_S.dtype}, too coarse for sums of log-probs; keep float32. "
+            "(FSDP2's MixedPrecisionPolicy casts a forward's inputs: cast_forward_inputs=False)"
+        )
     target = beta * _gap(ref_logps_S, is_chosen_S)
     packed = x_TH, w_VH, y_T, cu_seqlens, is_chosen_S
     return _preference(*packed, beta, target, num_pairs, "sum_S", options)
@@ -224,7 +224,7 @@ def _preference(
     a pair on its own takes the fused path, whose backward multiplies by that. (Several would each
     need a [V, H] gradient until then.)
     """
-    check_cu_seqlens(cu_seqlens, len(x_TH), x_TH.device)
+    _check_packed(x_TH, cu_seqlens, is_chosen_S)
     num_pairs = _count("num_pairs", num_pairs, is_chosen_S)
     ignore_index = options.get("ignore_index", -100)
     total = None
@@ -256,6 +256,15 @@ def _gap(score_S: Tensor, is_chosen_S: Tensor) -> Tensor:
     order_S = torch.argsort(~is_chosen_S, stable=True)
     chosen, rejected = score_S[order_S].tensor_split(2)
     return chosen - rejected
+
+
+def _check_packed(x_TH: Tensor, cu_seqlens: Tensor, is_chosen_S: Tensor) -> None:
+    check_cu_seqlens(cu_seqlens, len(x_TH), x_TH.device)
+    if is_chosen_S.dtype != torch.bool or is_chosen_S.shape != cu_seqlens[1:].shape:
+        raise ValueError(
+            f"is_chosen_S must be bool [{len(cu_seqlens) - 1}], one per sequence of cu_seqlens, "
+            f"not {is_chosen_S.dtype} {list(is_chosen_S.shape)}"
+        )
 
 
 def _lengths(y_T: Tensor, cu_seqlens: Tensor, ignore_index: int) -> Tensor:

@@ -32,7 +32,7 @@ from redi.data.report import BuildReport
 from redi.data.table import Part, merge
 from redi.data.tokenize import digest_tokenizer
 from redi.data.verify import Verifier, num_cores
-from redi.errors import RediError
+from redi.errors import RediError, VerifierFailed
 from redi.files import digest_file, publish, write_text
 
 FORMAT = 2  # of the parts; also to be raised when a rule changes, so that old ones are not used
@@ -88,7 +88,7 @@ def build(
                 chooser = Chooser(config, tokenizer, overlap)
                 parts = _make_parts(chooser, inputs, aside, progress)
                 report = _finish(config, parts, aside, start)
-            except WorkerDied:
+            except (WorkerDied, VerifierFailed):
                 raise
             except RediError:  # the next try will have other input
                 shutil.rmtree(aside, ignore_errors=True)

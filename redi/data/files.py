@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ def blocks(file: Path, name: str) -> Iterator[Block]:
         for payload, rows, size in cut(file):
             yield Block(file, name, first, payload, size)
             first += rows
-    except (OSError, EOFError, pa.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         unit = "line" if kind in (".jsonl", ".gz", ".zst") else "row"
         raise RediError(f"{file} after {unit} {first}: cannot be read: {error}") from None
 
@@ -161,7 +162,7 @@ def _cut_lines(file: Path) -> Cut:
                 if size >= BLOCK_BYTES:
                     yield b"".join(held), len(held), raw.tell() - start
                     held, size, start = [], 0, raw.tell()
-        except (OSError, EOFError):
+        except (OSError, EOFError, zlib.error):
             if held:  # the rows before it are good
                 yield b"".join(held), len(held), raw.tell() - start
             raise
@@ -264,6 +265,8 @@ def _parse(line: bytes, kind: type = dict) -> Any:
         return Unreadable("not UTF-8 text", "half of a surrogate pair")
     except json.JSONDecodeError as error:
         return Unreadable("not JSON", f"{error.msg} at column {error.colno}")
+    except ValueError as error:  # an integer of more digits than Python reads
+        return Unreadable("not JSON", str(error))
     except RecursionError:
         return Unreadable("not JSON", "nested too deeply")
     if not isinstance(row, kind):

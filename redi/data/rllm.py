@@ -26,6 +26,8 @@ _SQRT = re.compile(rf"\\sqrt\s*{_ARGUMENT}")
 _GREEK = {"\\pi": "pi", "\\infty": "oo", "\\cdot": "*", "\\times": "*", "\\cup": "u", "\\div": "/"}
 _INTEGER = re.compile(r"-?[0-9]+")
 _PLAIN_FRACTION = re.compile(r"-?[0-9]+/[0-9]+")
+# parse_expr evaluates Python: a point belongs to a number, so that no attribute is ever reached
+_ALGEBRA = re.compile(r"(?:[0-9a-z_+\-*/^(),!\s]|\.(?=[0-9])|(?<=[0-9])\.(?![a-z_.]))*")
 _COMPUTED_POWER = re.compile(r"\^\{|\^\(|\^[0-9]+\^|\^[0-9][0-9]+")
 
 
@@ -89,6 +91,8 @@ def _by_algebra(a: str, b: str) -> bool:
     from sympy.parsing import sympy_parser as parser
 
     difference = f"({b})-({a})"
+    if not _ALGEBRA.fullmatch(difference):
+        return False
     letters = set(re.findall(r"[a-z]", difference.replace("sqrt", "").replace("frac", "")))
     if len(letters) > 2 or _COMPUTED_POWER.search(difference):
         return False

@@ -30,7 +30,7 @@ from redi.data.judge import (
     quick_verdict,
 )
 from redi.data.rllm import final_answer
-from redi.errors import RediError
+from redi.errors import RediError, VerifierFailed
 
 __all__ = ["Verdict", "Verifier", "extract_answer", "verify"]
 
@@ -166,7 +166,7 @@ class _Worker:
         if self._read_line(_START_TIMEOUT) != "ready":
             self.kill()
             assert self._process.stderr
-            raise RediError(
+            raise VerifierFailed(
                 f"a verifier process did not start: {self._process.stderr.read()[-500:]}"
             )
 

@@ -86,6 +86,8 @@ def evaluate(
     tokenizer, problems longer than the model's context, a full disk, and a full memory.
     """
     name, folder = os.fspath(model_name_or_path), Path(output_dir)
+    if config.dataset_name is None:
+        raise RediError("benchmarks: evaluate takes a dataset_name; use evaluate_benchmarks")
     questions = read_questions(config)
     pairs = read_examples(config.pairs_name) if config.pairs_name is not None else []
     fingerprint = _fingerprint(name, config, questions, pairs)

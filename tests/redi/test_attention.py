@@ -154,3 +154,19 @@ def test_cost_grows_with_the_sum_of_squared_lengths(shaping):
     assert flop(*long) == sum(flop(n) for n in long)
     even = (64, 60, 50, 61)  # side by side: padded, at most to twice the tokens
     assert flop(*even) <= 2 * sum(flop(n) for n in even)
+
+
+class OnCuda(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_flash_attention_gets_what_it_takes(dtype, monkeypatch):
+    """It refuses float32, in which `redi traces` scores and `bf16: false` trains."""
+    asked = []
+    flash = lambda q, *args, **kwargs: (asked.append(q.dtype), q)[1]
+    monkeypatch.setattr(attention, "_flash_varlen", lambda: flash)
+    q, k, v = (torch.randn(1, heads, 9, 8).to(dtype).as_subclass(OnCuda) for heads in (4, 2, 2))
+    cu_seqlens = torch.tensor([0, 4, 9]).int()
+    attention.varlen_attention(None, q, k, v, None, cu_seqlens=cu_seqlens, seqlens=(4, 5))
+    assert asked == ([] if dtype == torch.float32 else [dtype])

@@ -185,3 +185,26 @@ def test_a_nan_on_one_rank_is_skipped_on_all(fork, tmp_path):
     assert err.count("WARNING: skipped step") == 2
     final = load_file(tmp_path / "out" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in final.values())
+
+
+AS_ON_CUDA = """
+from dataclasses import replace
+import torch
+from redi import distributed
+shard = distributed.shard
+distributed.shard = lambda model, blocks, ranks, **kwargs: shard(
+    model, blocks, replace(ranks, device=torch.device("cuda")), **kwargs
+)
+"""
+
+
+def test_dpos_reference_is_not_rounded_by_the_policy_of_bf16(fork, tmp_path):
+    """FSDP2 casts what goes into a forward, dataclasses' fields too: in bf16 a sum of log-probs
+    near -100 is off by up to 0.25. Before the first step the model is its own reference."""
+    settings = tiny.train_settings(tmp_path, objective="dpo", max_steps=1)
+    start = train(tiny.train_settings(tmp_path / "start", objective="sft", max_steps=1)).output_dir
+    del settings["architecture"], settings["tokenizer_name_or_path"]
+    codes, err = fork(tmp_path, settings | {"model_name_or_path": str(start)}, 2, AS_ON_CUDA)
+    assert codes == [0, 0], err
+    (row,) = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert abs(row["rewards/chosen"]) < 1e-4 and abs(row["rewards/rejected"]) < 1e-4

@@ -182,6 +182,7 @@ def test_everything_is_checked_before_any_work(tmp_path):
             "none.jsonl: no such file",
         ),
         ({"baseline": "contrl"}, "contrl"),
+        ({"eval": {"benchmarks": "math500"}}, "redi run takes eval.dataset_name"),
         ({"evall": {}}, "unknown key evall; did you mean eval?"),
         ({"eval": {"dataset_name": "x", "temprature": 1}}, "did you mean temperature?"),
         ({"arms": {"control": {}, "data": {}}}, "cannot be called"),

@@ -442,3 +442,9 @@ def test_the_model_before_is_gone_when_the_next_one_is_loaded(tmp_path, monkeypa
     finally:
         gc.enable()
     assert alive == [0, 0]
+
+
+def test_a_run_that_would_start_over_says_how_it_continues(tmp_path):
+    settings = tiny.train_settings(tmp_path, resume_from_checkpoint=False)
+    with pytest.raises(Interrupted, match="run it with resume_from_checkpoint: auto"):
+        train(settings, [Signal(3, signal.SIGTERM)])

@@ -253,7 +253,8 @@ def test_frozen_ignored_and_empty_inputs() -> None:
         for leaf, want in zip(leaves, exact, strict=True):
             torch.testing.assert_close(leaf.grad, want, rtol=0, atol=2e-3 * float(want.norm()))
     with torch.no_grad():
-        assert sft_loss(x_TH, w_VH, y_T, tolerance=2.0).fast.active == 0
+        nothing = sft_loss(x_TH, w_VH, y_T, tolerance=2.0).fast
+    assert nothing.active == 0 and torch.equal(nothing.dropped_T, torch.zeros(len(x_TH)))
 
 
 def test_compiled_equals_eager() -> None:

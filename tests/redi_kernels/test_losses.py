@@ -336,3 +336,28 @@ def test_no_grad_is_only_a_forward(batch, monkeypatch: pytest.MonkeyPatch) -> No
     with torch.no_grad():
         got = redi_loss(x_TH, w_VH, y_T, cu, IS_CHOSEN)
     assert torch.equal(got.loss, want.loss) and not got.loss.requires_grad
+
+
+def test_fp16_gradients_reach_the_loss_scale_unrounded() -> None:
+    """Weights of 1e-6 a token would leave fp16's range before GradScaler's factor comes."""
+    g = torch.Generator().manual_seed(0)
+    half = [torch.randn(n, H, generator=g).half().requires_grad_() for n in (96, V)]
+    wide = [leaf.detach().float().requires_grad_() for leaf in half]
+    y_T, cu = torch.randint(V, (96,), generator=g), torch.tensor([0, 50, 96]).int()
+    grads = []
+    for leaves in (half, wide):
+        counts = {"num_chosen": 20_000, "num_rejected": 20_000}
+        loss = redi_loss(*leaves, y_T, cu, torch.tensor([True, False]), **counts).loss
+        grads.append([grad.float() for grad in gradients(65_536 * loss, *leaves)])
+    for got, want in zip(*grads, strict=True):
+        assert (got - want).norm() < 2e-3 * want.norm()
+
+
+@pytest.mark.parametrize("sequences", [2, 4])
+def test_pairs_are_marked_by_booleans_and_compared_in_full_precision(sequences: int) -> None:
+    x_TH, w_VH, cu = torch.randn(8, H), torch.randn(V, H), torch.linspace(0, 8, sequences + 1).int()
+    with pytest.raises(ValueError, match=r"is_chosen_S must be bool \[\d\].* not torch.int64"):
+        simpo_loss(x_TH, w_VH, torch.arange(8), cu, 1 - torch.arange(sequences) % 2)
+    chosen_S, rounded_S = torch.arange(sequences) % 2 == 0, torch.zeros(sequences).bfloat16()
+    with pytest.raises(ValueError, match=r"ref_logps_S is torch\.bfloat16, too coarse"):
+        dpo_loss(x_TH, w_VH, torch.arange(8), cu, chosen_S, rounded_S)

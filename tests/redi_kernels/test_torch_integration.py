@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from redi_kernels import LossHead, redi_loss, sequence_logprobs, sft_loss, token_logprobs
+from redi_kernels import (
+    LossHead,
+    dpo_loss,
+    redi_loss,
+    sequence_logprobs,
+    sft_loss,
+    simpo_loss,
+    token_logprobs,
+)
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -38,7 +46,16 @@ def z_loss(x_TH: Tensor, w_VH: Tensor, bias: Tensor, y_T: Tensor) -> Tensor:
     return sequence_logprobs(out.logp_T, CU, y_T).mean_S.sum() + (out.lse_T**2).mean()
 
 
-@pytest.mark.parametrize("function", [redi, sft, z_loss])
+def pair(x_TH: Tensor, w_VH: Tensor, bias: Tensor, y_T: Tensor) -> Tensor:
+    return simpo_loss(2 * x_TH, w_VH, y_T, CU[::4], IS_CHOSEN[:2], bias=bias).loss
+
+
+def pairs(x_TH: Tensor, w_VH: Tensor, bias: Tensor, y_T: Tensor) -> Tensor:
+    reference_S = torch.arange(8.0)
+    return dpo_loss(2 * x_TH, w_VH, y_T, CU, IS_CHOSEN, reference_S, bias=bias).loss
+
+
+@pytest.mark.parametrize("function", [redi, sft, z_loss, pair, pairs])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_equals_eager_bit_for_bit(function, dtype: torch.dtype) -> None:
     """Without the inductor, which needs a C++ compiler: graph capture, fakes and AOT autograd."""
@@ -63,6 +80,7 @@ def test_operators_obey_torch_library(tolerance: float) -> None:
     torch.library.opcheck(ops.logprobs, (x_TH, w_VH, y_T, *head))
     torch.library.opcheck(ops.weighted, (x_TH, w_VH, y_T, weight_T, *head, True, True, True))
     torch.library.opcheck(ops.weighted, (x_TH, w_VH, y_T, weight_T, *head, False, True, False))
+    torch.library.opcheck(ops.weighted, (x_TH, w_VH, y_T, weight_T, *head, False, False, False))
     per_token = [torch.randn(T) for _ in range(4)]
     torch.library.opcheck(
         ops.logprobs_backward, (x_TH, w_VH, y_T, *per_token, *head, True, False, True)

@@ -290,3 +290,21 @@ def test_public_api():
         for a, b in zip(grads["triton"], grads["reference"], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
         assert (grads["triton"][2][ignored] == 0).all()
+
+
+@pytest.mark.parametrize("path", ["primitive", "fused"])
+def test_targets_and_bias_that_are_not_contiguous(path, form):
+    x_TH, w_VH, y_T, bias, weight_T = problem(40, 32, 100, torch.float32, bias=True)
+    strided = torch.stack([y_T, 0 * y_T], dim=1)[:, 0], torch.stack([bias, 0 * bias], dim=1)[:, 0]
+    dlse_T = weight_T.flip(0) if path == "primitive" else None
+    compare(x_TH, w_VH, strided[0], Head(strided[1]), weight_T, dlse_T)
+
+
+@pytest.mark.parametrize(
+    ("capability", "tiles"),
+    [(80, "SM80"), (89, "SM80"), (90, "SM90"), (100, "SM90"), (120, "SM80")],
+)
+def test_tiles_fit_the_card(capability, tiles):
+    """12x, consumer Blackwell, has half of Hopper's shared memory."""
+    chosen = configs.for_target("cuda", capability, torch.bfloat16)
+    assert chosen == getattr(configs, tiles)

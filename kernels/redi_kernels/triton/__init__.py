@@ -75,9 +75,10 @@ def gradients(
 def _problem(x_NH: Tensor, w_VH: Tensor, y_N: Tensor, head: Head) -> launch.Problem:
     config = configs.select(x_NH.device, x_NH.dtype)
     x_NH, w_VH = (m if launch.has_rows(m) else m.contiguous() for m in (x_NH, w_VH))
+    y_N, bias_V = y_N.contiguous(), None if head.bias_V is None else head.bias_V.contiguous()
     if not launch.can_use_tma(x_NH, w_VH):
         config = configs.without_tma(config)
-    return launch.Problem(x_NH, w_VH, y_N, head.bias_V, head.softcap, head.logit_scale, config)
+    return launch.Problem(x_NH, w_VH, y_N, bias_V, head.softcap, head.logit_scale, config)
 
 
 __all__ = ["backward", "forward", "gradients", "weighted"]

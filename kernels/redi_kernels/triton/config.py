@@ -110,7 +110,8 @@ def for_target(vendor: str, capability: int, dtype: torch.dtype) -> Config:
         return FP32
     if vendor == "hip":
         return CDNA
-    return SM90 if capability >= 90 else SM80
+    # 12x, consumer Blackwell, has 99 KiB of shared memory a block, too little for Hopper's tiles
+    return SM90 if 90 <= capability < 120 else SM80
 
 
 def num_programs(config: Config, device: torch.device, num_tiles: int) -> int:

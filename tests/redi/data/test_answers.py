@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from redi.data import rllm
 from redi.data.judge import judge
 from redi.data.rllm import final_answer
 from redi.data.rllm import judge as rllm_judge
@@ -149,3 +150,25 @@ def test_rllm_through_the_workers():
     texts = [r"</think>\boxed{\sqrt{12}}", r"\boxed{\sqrt{12}}", r"</think>\boxed{\sqrt{3}}"]
     verdicts = verify(texts, [r"2\sqrt{3}"] * 3, num_workers=1, timeout=30, grader="rllm")
     assert verdicts == ["correct", "unparsable", "wrong"]
+
+
+def test_an_answer_runs_no_code():
+    """sympy's parse_expr evaluates what it is given, and Python reads full-width letters as plain
+    ones, so that counting letters is no guard."""
+    reached = []
+
+    class Probe:
+        def __init__(self):
+            reached.append(self)
+
+    def wide(name):
+        return "".join(chr(0xFEE0 + ord(letter)) for letter in name)
+
+    classes = f"().__{wide('class')}__.__{wide('base')}__.__{wide('subclasses')}__()"
+    attack = f"[*{classes}][{object.__subclasses__().index(Probe)}]()"
+    assert isinstance(eval(attack), Probe) and reached
+    reached.clear()
+    assert rllm_judge(attack, "1/2") == "wrong" and not reached
+    for part in (f"(2).__{wide('class')}__", "(2).real", "2..real", "[2]", "'a'", "a:b", "@", "é"):
+        assert not rllm._ALGEBRA.fullmatch(part), part
+    assert rllm_judge("x_1^2+.5", "0.5+x_1^2") == "correct"

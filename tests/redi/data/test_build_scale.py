@@ -12,7 +12,7 @@ from redi.config import DataConfig
 from redi.data import files
 from redi.data.build import build
 from redi.data.choose import Chooser
-from redi.errors import RediError
+from redi.errors import RediError, VerifierFailed
 
 
 def many(num=60, **columns):
@@ -217,3 +217,19 @@ def test_files_of_two_builds_are_never_taken_for_one(tmp_path, monkeypatch):
     run(tmp_path, [raw(["####2", "####3"])] * 2)
     assert len(texts(tmp_path, "pairs")) == 2
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == OUTPUTS
+
+
+def test_a_verifier_that_does_not_start_costs_no_part(tmp_path, small_blocks, monkeypatch):
+    path, run_block, blocks = str(write(tmp_path, many())), Chooser.run, []
+
+    def run_until(self, block, verifier):
+        blocks.append(block.first)
+        if len(blocks) == 4:
+            raise VerifierFailed("a verifier process did not start: no memory")
+        return run_block(self, block, verifier)
+
+    monkeypatch.setattr(Chooser, "run", run_until)
+    with pytest.raises(RediError, match="did not start"):
+        build(DataConfig(path=path, num_workers=1), tmp_path / "out")
+    build(DataConfig(path=path, num_workers=1), tmp_path / "out")
+    assert len(blocks) > 6 and len(set(blocks)) == len(blocks) - 1 and blocks[3] == blocks[4]

@@ -74,13 +74,29 @@ def test_every_format_gives_the_same_rows_in_blocks_of_any_size(
 
 def test_a_row_that_is_no_text_spoils_only_itself(tmp_path):
     lines = [b'{"n": 1}', b'{"n": "\xff"}', b"{", b'["\\ud83d"]', rb'{"n": "\ud83d"}', b"[2]"]
-    lines += [rb'{"n": "\ud83d\ude00"}', b"[" * 100_000, b'{"n": 2}']
+    lines += [
+        rb'{"n": "\ud83d\ude00"}',
+        b"[" * 100_000,
+        b'{"n": 2}',
+        b'{"n": ' + b"1" * 5000 + b"}",
+    ]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     [block] = blocks(tmp_path / "a.jsonl", "a.jsonl")
     rows = [row for _, row in read_block(block)]
     reasons = [row.reason if isinstance(row, Unreadable) else row["n"] for row in rows]
     text, kind = "not UTF-8 text", "not an object with named columns"
-    assert reasons == [1, text, "not JSON", text, text, kind, "\U0001f600", "not JSON", 2]
+    assert reasons == [
+        1,
+        text,
+        "not JSON",
+        text,
+        text,
+        kind,
+        "\U0001f600",
+        "not JSON",
+        2,
+        "not JSON",
+    ]
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
@@ -190,6 +206,11 @@ def test_blank_lines_count_as_lines(tmp_path):
             "a.jsonl.gz",
             gzip.compress(b'{"n": 1}\n', mtime=0)[:-6],
             "a.jsonl.gz after line 1: cannot be read",
+        ),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"n": 1}\n', mtime=0)[:10] + b"\xff" * 20,
+            "a.jsonl.gz after line 0: cannot be read: .*invalid block type",
         ),
         (
             "a.jsonl.zst",
