@@ -234,20 +234,31 @@ def plot(tables: list[tuple[str, list[Point]]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.8))
+    figure, (dx, dw, signs) = plt.subplots(1, 3, figsize=(15, 4.8))
     source, points = tables[0]
-    panel(axes[0], "RMS error of dX, over bf16's", points, lambda p: p.dx, list(FORMS)[:3])
-    for other, rows in tables[1:]:
-        line(axes[0], rows, lambda p: p.dx, "**", "", label=f"same, {other}", ms=3, lw=1, alpha=0.6)
-    panel(axes[1], "RMS error of dW, over bf16's", points, lambda p: p.dw, list(FORMS))
-    panel(axes[2], "rows never active: signs as in the truth", points, lambda p: p.adam[2], FORMS)
-    for error in axes[:2]:
-        error.axhline(1, color="gray", ls=":", label="d(logits) rounded to bf16, at 3 U")
-        error.set_yscale("log")
-    axes[2].yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    for each in axes[:2]:
-        each.legend(fontsize=7)
-    figure.suptitle(f"{source}; the same in all three: cost in U, exact is 3", fontsize=10)
+    panel(dx, "RMS error of dX, over bf16's", points, lambda p: p.dx, list(FORMS)[:3])
+    panel(dw, "RMS error of dW, over bf16's", points, lambda p: p.dw, FORMS)
+    panel(signs, "rows never active: signs as in the truth", points, lambda p: p.adam[2], FORMS)
+    handles, labels = signs.get_legend_handles_labels()
+    bf16 = [axes.axhline(1, color="gray", ls=":") for axes in (dx, dw)]
+    labels.append("d(logits) rounded to bf16, at 3 U")
+    signs.legend([*handles, bf16[0]], labels, fontsize=8, loc="center right")
+    others = [
+        line(dx, rows, lambda p: p.dx, "**", "", ms=3, lw=1, alpha=0.7) for _, rows in tables[1:]
+    ]
+    if others:
+        texts = [text.removeprefix(source.partition(",")[0] + ", ") for text, _ in tables[1:]]
+        title = "tolerance 0.5 to 8 on other texts"
+        dx.legend(others, texts, fontsize=7, loc="upper right", title=title, title_fontsize=7)
+    for axes, limits in (
+        (dx, (0.08, 30)),
+        (dw, (0.008, 4)),
+    ):  # exact blocks, of flat text, are below
+        axes.set(yscale="log", ylim=limits)
+    for axes in (dx, dw, signs):
+        axes.set_xlabel("cost in U (exact: 3)")
+    signs.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    figure.suptitle(source, fontsize=10)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -275,7 +286,9 @@ def line(
 ) -> None:
     chosen = [p for p in points if p.name.startswith(start) and p.name.endswith(end)]
     chosen.sort(key=lambda point: point.cost)
-    axes.plot([p.cost for p in chosen], [value(p) for p in chosen], marker=marker, **style)
+    return axes.plot([p.cost for p in chosen], [value(p) for p in chosen], marker=marker, **style)[
+        0
+    ]
 
 
 if __name__ == "__main__":
