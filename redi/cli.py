@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-import yaml
 
 from redi.config import DataConfig, EvalConfig, RunConfig, StudyConfig, TrainConfig
 from redi.errors import RediError
-from redi.recipe import load_config, make_config
+from redi.recipe import load_config, make_config, read_value, set_field
 
 app = typer.Typer(
     add_completion=False,
@@ -43,7 +42,7 @@ def run(context: typer.Context, recipe: Path) -> None:
     """The whole job of a recipe; what is done already is skipped."""
     from redi.run import run as run_job
 
-    run_job(load_config(RunConfig, recipe, _overrides(context.args)))
+    run_job(load_config(RunConfig, recipe, _overrides(RunConfig, context.args)))
 
 
 @app.command(context_settings=FIELDS)
@@ -55,7 +54,7 @@ def study(
     """Tasks x arms x learning rates x seeds, to one JSON; what is in it is not done again."""
     from redi.study import study as run_study
 
-    config = load_config(StudyConfig, recipe, _overrides(context.args))
+    config = load_config(StudyConfig, recipe, _overrides(StudyConfig, context.args))
     run_study(config, report_only=report)
 
 
@@ -99,7 +98,7 @@ def plan(
     """What a training recipe needs and takes: memory per GPU, steps, hours; trains nothing."""
     from redi.plan import describe
 
-    settings = load_config(TrainConfig, recipe, _overrides(context.args))
+    settings = load_config(TrainConfig, recipe, _overrides(TrainConfig, context.args))
     print(describe(settings, gpus=gpus, gpu_memory=gpu_memory, gpu=gpu, mean_length=mean_length))
 
 
@@ -249,19 +248,17 @@ def _tokenizer(name: str | None) -> Any:
 
 
 def _config(kind: type, file: Path | None, args: list[str]) -> Any:
-    overrides = _overrides(args)
+    overrides = _overrides(kind, args)
     if file is not None:
         return load_config(kind, file, overrides)
     content: dict[str, Any] = {}
-    from redi.recipe import set_field
-
     for key, value in overrides.items():
         set_field(content, key, value)
     return make_config(kind, content, "command line")
 
 
-def _overrides(args: list[str]) -> dict[str, Any]:
-    """["--learning_rate", "1e-6", "--bf16=false"] to a dictionary; values are read as YAML."""
+def _overrides(kind: type, args: list[str]) -> dict[str, Any]:
+    """["--learning_rate", "1e-6", "--bf16=false"] to a dictionary of `kind`'s fields."""
     overrides: dict[str, Any] = {}
     rest = list(args)
     while rest:
@@ -275,10 +272,7 @@ def _overrides(args: list[str]) -> dict[str, Any]:
             value = rest.pop(0)
         if "." not in key:  # names inside a section are the user's own
             key = key.replace("-", "_")
-        try:
-            overrides[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            overrides[key] = value
+        overrides[key] = read_value(kind, key, value)
     return overrides
 
 

@@ -331,6 +331,11 @@ class TrainConfig(Strict):
     def _checkpointing_as_in_transformers(cls, value: Any) -> Any:
         return ("full" if value else "none") if isinstance(value, bool) else value
 
+    @field_validator("collapse_guard", mode="before")
+    @classmethod
+    def _yaml_reads_off_as_false(cls, value: Any) -> Any:
+        return "off" if value is False else value
+
     @field_validator("alpha")
     @classmethod
     def _alpha_above_one(cls, value: float) -> float:

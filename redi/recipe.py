@@ -7,7 +7,8 @@ impossible combination is an error that names the field.
 import difflib
 import os
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -71,13 +72,53 @@ def make_config(kind: type[Config], content: dict[str, Any], where: str) -> Conf
 
 
 def set_field(content: dict[str, Any], key: str, value: Any) -> None:
-    """Sets `a.b.c` in nested dictionaries, making sections as needed."""
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        content = content.setdefault(parent, {})
+    """Sets `a.b.c` in nested dictionaries, making sections as needed. A name that is there may hold
+    dots itself, as an arm's `redi-0.8`."""
+    parts = key.split(".")
+    while parts:
+        there = (n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in content)
+        n = next(there, 1)
+        name, parts = ".".join(parts[:n]), parts[n:]
+        if not parts:
+            content[name] = value
+            return
+        content = content.setdefault(name, {})
         if not isinstance(content, dict):
-            raise RediError(f"--{key}: {parent} is not a section of the recipe")
-    content[leaf] = value
+            raise RediError(f"--{key}: {name} is not a section of the recipe")
+
+
+def read_value(kind: type[BaseModel], key: str, text: str) -> Any:
+    """What a command line gives the field `key`: text as it stands where the field takes that, else
+    YAML, which would cut a prompt at " #" and drop its last line break."""
+    kinds = _members(_annotation(kind, key))
+    choices = {choice for k in kinds if get_origin(k) is Literal for choice in get_args(k)}
+    if text in choices or (str in kinds and kinds <= {str, NoneType} and text != "null"):
+        return text
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return text if isinstance(value, str) and text[:1] not in ("'", '"') else value
+
+
+def _annotation(kind: type[BaseModel], key: str) -> Any:
+    """Of the field `a.b.c`; None where the recipe leaves its type open."""
+    name, _, rest = key.partition(".")
+    annotation = kind.model_fields[name].annotation if name in kind.model_fields else None
+    if not rest or annotation is None:
+        return annotation
+    section = _section(annotation)
+    return None if section is None else _annotation(section, rest)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    kinds = _members(annotation)
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+
+
+def _members(annotation: Any) -> set[Any]:
+    """Of a union; else the one."""
+    return set(get_args(annotation)) if get_origin(annotation) is UnionType else {annotation}
 
 
 def _explain(kind: type[BaseModel], error: Any) -> str:
@@ -88,12 +129,7 @@ def _explain(kind: type[BaseModel], error: Any) -> str:
             return f"{field} is required"
         return f"{field}: {message}" if field else message
     for part in error["loc"][:-1]:  # walk down to the section that holds the unknown key
-        annotation = kind.model_fields[part].annotation
-        kind = next(
-            a
-            for a in (annotation, *getattr(annotation, "__args__", ()))
-            if isinstance(a, type) and issubclass(a, BaseModel)
-        )
+        kind = _section(kind.model_fields[part].annotation) or kind
     leaf = str(error["loc"][-1])
     if leaf in KNOWN_ELSEWHERE:
         return f"unknown key {field}: {KNOWN_ELSEWHERE[leaf]}"
