@@ -20,7 +20,7 @@ recipe=$1
 shift
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-srun --kill-on-bad-exit=1 python -m torch.distributed.run \
+srun --cpus-per-task "$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 python -m torch.distributed.run \
   --nnodes "$SLURM_NNODES" --nproc_per_node "${GPUS_PER_NODE:-8}" \
   --rdzv_backend c10d --rdzv_endpoint "$head_node:${PORT:-29500}" --rdzv_id "$SLURM_JOB_ID" \
   -m redi train --config "$recipe" "$@"

@@ -15,10 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from redi.errors import RediError
+
 NAME = "redi_varlen"
 # Softcapped or windowed traces are attended to in blocks of this many queries: a block's scores
-# (block x keys) bound the memory, and a window bounds the keys.
+# (block x keys) bound the memory (the backward keeps every block's), and a window bounds the keys.
 QUERY_BLOCK = 512
+# What some families give their attention besides q, k and v, and nothing here computes.
+FOREIGN = ("s_aux", "sinks", "indices", "block_indices", "position_bias")
+FLASH_HEAD = 256  # the widest head that FlashAttention takes
 SHORT = 64  # tokens; up to here a call of SDPA costs more than the padding that saves it
 
 
@@ -45,7 +50,7 @@ def varlen_attention(
     softcap: float | None = None,
     cu_seqlens: Tensor,
     seqlens: tuple[int, ...],
-    **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each trace of a pack; transformers' attention-function protocol.
 
@@ -59,10 +64,15 @@ def varlen_attention(
     """
     if attention_mask is not None:
         raise ValueError("redi_varlen takes no attention mask: boundaries come from cu_seqlens")
+    foreign = [name for name in FOREIGN if more.get(name) is not None]
+    if foreign:
+        raise RediError(
+            f"{type(module).__name__} gives its attention {', '.join(foreign)}, which redi does not"
+            " compute: this family cannot be trained here"
+        )
     q_TAD, k_TKD, v_TKD = (z[0].transpose(0, 1) for z in (q_1ATD, k_1KTD, v_1KTD))
     longest = max(seqlens)
-    narrow = q_TAD.dtype in (torch.float16, torch.bfloat16)  # all that FlashAttention takes
-    flash = _flash_varlen() if q_TAD.is_cuda and narrow else None
+    flash = _flash_varlen() if q_TAD.is_cuda and _fits_flash(q_TAD, v_TKD) else None
     if flash is not None:
         out_TAD = flash(
             q_TAD, k_TKD, v_TKD, cu_seqlens, cu_seqlens, longest, longest,
@@ -77,6 +87,12 @@ def varlen_attention(
             traces = zip(*(z.split(seqlens) for z in (q_TAD, k_TKD, v_TKD)), strict=True)
             out_TAD = torch.cat([attend(*(z[None] for z in trace))[0] for trace in traces])
     return out_TAD[None], None
+
+
+def _fits_flash(q_TAD: Tensor, v_TKD: Tensor) -> bool:
+    """FlashAttention takes half precision and heads of one size: not DeepSeek's values."""
+    narrow = q_TAD.dtype in (torch.float16, torch.bfloat16)
+    return narrow and q_TAD.shape[-1] == v_TKD.shape[-1] <= FLASH_HEAD
 
 
 @functools.cache
@@ -136,7 +152,11 @@ def _attend(q_BLAD, k_BLKD, v_BLKD, *, scaling, window, softcap) -> Tensor:
     q, k, v = (z.transpose(1, 2) for z in (q_BLAD, k_BLKD, v_BLKD))
     length = q.shape[2]
     if softcap is None and (window is None or window >= length):
-        gqa = q.shape[1] != k.shape[1]
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1 and q.is_cuda and q.dtype == torch.float32:
+            # with enable_gqa only the kernel with T*T scores would take these
+            k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
+        gqa = groups > 1
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
         return out.transpose(1, 2)
     groups = q.shape[1] // k.shape[1]

@@ -40,10 +40,12 @@ def use_liger(lm: Any, device: torch.device, *, required: bool = False) -> None:
         raise RediError(f"use_liger_kernel: Liger's kernels need a GPU, this is {device.type}")
     if device.type == "cuda":
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-        _apply_liger_kernel_to_instance(
-            lm, cross_entropy=False, fused_linear_cross_entropy=False, rope=True, rms_norm=True
-        )
+        if required and lm.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+            raise RediError(f"use_liger_kernel: Liger does not know {lm.config.model_type}")
+        # which of the others it has for a family is Liger's to say
+        _apply_liger_kernel_to_instance(lm, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
 def checkpoint_activations(lm: Any, how: str) -> None:

@@ -359,6 +359,9 @@ class TrainConfig(Strict):
     def _beta_has_effect(self) -> "TrainConfig":
         if self.beta is not None and self.objective not in DEFAULT_BETA:
             raise ValueError(f"objective: {self.objective} has no beta; redi is weighed by alpha")
+        default = TrainConfig.model_fields["simpo_gamma"].default
+        if self.simpo_gamma != default and self.objective != "simpo":
+            raise ValueError(f"objective: {self.objective} has no simpo_gamma")
         return self
 
     @model_validator(mode="after")

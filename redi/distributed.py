@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from redi.errors import RediError
+
 T = TypeVar("T")
+PATIENCE = timedelta(hours=2)  # the others wait while rank 0 exports
 
 
 @dataclass(frozen=True)
@@ -40,18 +44,22 @@ class Ranks:
 
     def together(self, work: Callable[[], T], *, main: bool = False) -> list[T]:
         """Does `work` on every rank, or on the main one only, and waits for all; returns what each
-        got. Raises OSError on all ranks when it did on any, so that none goes on alone."""
+        got. Raises RediError or OSError on all ranks when it did on any, so that none goes on
+        alone."""
         result: T | None = None
-        problem = None
+        problem: Exception | None = None
         try:
             if self.is_main or not main:
                 result = work()
+        except RediError as error:
+            problem = RediError(str(error))
         except OSError as error:
-            problem = f"rank {self.rank}: {error}" if self.world_size > 1 else str(error)
+            problem = OSError(f"rank {self.rank}: {error}" if self.world_size > 1 else str(error))
         outcomes = self.gather((result, problem))
-        problems = [problem for _, problem in outcomes if problem]
-        if problems:
-            raise OSError("; ".join(problems))
+        for kind in (RediError, OSError):
+            texts = [str(problem) for _, problem in outcomes if isinstance(problem, kind)]
+            if texts:
+                raise kind("; ".join(dict.fromkeys(texts)))
         return [result for result, _ in outcomes]  # type: ignore[misc]
 
 
@@ -70,7 +78,7 @@ def setup() -> Ranks:
     if not dist.is_initialized() and (cuda or world_size > 1):
         backend = "nccl" if cuda else "gloo"
         if world_size > 1:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=PATIENCE)
         else:  # FSDP2 wants a group of one
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return Ranks(rank, world_size, device)
@@ -92,9 +100,9 @@ def teardown() -> None:
 
 
 def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, *, bf16: bool) -> None:
-    """Shards in place: each transformer block is a group; what is left (embeddings, final norm,
-    head) is the outermost group, so that tied embeddings stay in one group (torch >= 2.13 requires
-    it)."""
+    """Shards in place, from the CPU to the ranks' device, block by block: each transformer block is
+    a group; what is left (embeddings, final norm, head) is the outermost group, so that tied
+    embeddings stay in one group (torch >= 2.13 requires it)."""
     if not dist.is_initialized():
         return
     policy = (

@@ -32,6 +32,7 @@ def export(
     from transformers import GenerationConfig
 
     output_dir = Path(config.output_dir)
+    dtype = stored_dtype(lm, config.dtype)  # save_pretrained writes training's into lm.config
     aside = output_dir / "export.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -45,8 +46,7 @@ def export(
         generation.pad_token_id = eos_token_ids[0] if pad is None else pad
         generation.save_pretrained(aside)
         settings = json.loads((aside / "config.json").read_text())
-        dtype = str(stored_dtype(lm, config.dtype))
-        settings["dtype"] = dtype.removeprefix("torch.")  # of the file, not of the training
+        settings["dtype"] = str(dtype).removeprefix("torch.")  # of the file, not of the training
         (aside / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
         (aside / "README.md").write_text(card)
         names = sorted((f.name for f in aside.iterdir()), key=lambda name: name == "config.json")

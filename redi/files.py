@@ -1,8 +1,13 @@
 """Files that are whole or not there, also after a kill or a power cut."""
 
+import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from redi.errors import RediError
 
 
 def write_text(file: Path, text: str) -> None:
@@ -27,6 +32,29 @@ def publish(aside: Path, targets: dict[str, Path]) -> None:
         os.replace(aside / name, target)
     for folder in {target.parent for target in targets.values()}:
         fsync(folder)
+
+
+@contextmanager
+def claim(folder: Path, who: str) -> Iterator[None]:
+    """`folder`, made if it is not there, is this process's alone until it ends in whatever way.
+
+    Raises RediError where another process has claimed it, OSError where it cannot be written. (On a
+    file system without locks nobody is kept out.)
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"no permission to write into {folder}")
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RediError(f"{folder}: another {who} is at work in it") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def digest_file(file: Path) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from redi.config import EvalConfig
+from redi.distributed import full_tensors
 from redi.evaluation.evaluate import evaluate
 from redi.evaluation.results import EvalResult
 from redi.model import load_tokenizer_from, no_progress_bars
@@ -24,7 +25,8 @@ class Snapshots(Callback):
         if state.step in np.linspace(0, state.total_steps, self.num_points + 1).round()[1:]:
             folder = self.folder / f"step-{state.step}"
             with no_progress_bars():
-                state.model.save_pretrained(folder)
+                weights = full_tensors(dict(state.model.named_parameters()))
+                state.model.save_pretrained(folder, state_dict=weights)
             self.tokenizer.save_pretrained(folder)
 
     def evaluate(self, config: EvalConfig) -> dict[int, EvalResult]:

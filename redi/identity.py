@@ -12,6 +12,7 @@ from typing import Any
 
 from redi.config import TrainConfig
 from redi.data.tokenize import Tokenized, Trace
+from redi.distributed import Ranks
 from redi.errors import RediError
 from redi.files import write_text
 
@@ -79,6 +80,14 @@ def write_result(result: TrainResult, identity: dict[str, Any]) -> None:
         "num_dropped": result.num_dropped,
     }
     write_text(result.output_dir / RESULT, json.dumps(content, indent=2) + "\n")
+
+
+def agreed(identity: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """The run's identity. Raises RediError on all ranks where one reads other data or another
+    model: each packs for itself, and they would wait for each other for ever."""
+    if any(other != identity for other in ranks.gather(identity)):
+        raise RediError("ranks read different data or models: give all nodes the same files")
+    return identity
 
 
 def read_result(output_dir: Path, identity: dict[str, Any]) -> TrainResult | None:

@@ -141,13 +141,16 @@ def _is_generic(folder: Path) -> bool:
     return named in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
-def load_model_config(config: TrainConfig) -> Any:
-    """The model's transformers config with the recipe's overrides. Reads no weights."""
+def load_model_config(config: TrainConfig, *, for_weights: bool = False) -> Any:
+    """The model's transformers config with the recipe's overrides. Reads no weights.
+
+    A recipe's `architecture` stands for that of a name on the Hub, but where its weights follow.
+    """
     from transformers import AutoConfig
 
-    if config.model_name_or_path is None or (
-        config.architecture is not None and not Path(config.model_name_or_path).is_dir()
-    ):
+    name = config.model_name_or_path
+    is_real = name is not None and (for_weights or Path(name).is_dir())
+    if name is None or not (is_real or config.architecture is None):
         settings = dict(config.architecture or {})
         if "model_type" not in settings:
             raise RediError("architecture: needs model_type, as in a config.json")
@@ -155,7 +158,7 @@ def load_model_config(config: TrainConfig) -> Any:
     else:
         try:
             model_config = AutoConfig.from_pretrained(
-                config.model_name_or_path,
+                name,
                 revision=config.model_revision,
                 trust_remote_code=config.trust_remote_code,
             )
@@ -176,19 +179,23 @@ def load_model_config(config: TrainConfig) -> Any:
 def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> PackedLM:
     """The model in float32, with packed attention. From scratch when no name is given.
 
-    `device="meta"` builds shapes only. Raises RediError when the files are missing or do not fit.
+    Prepared for `device`, but on the CPU: no GPU may hold it whole before it is sharded.
+    `device="meta"` builds shapes only. Raises RediError when the files are missing or do not fit,
+    or when the family's positions depend on what a pack holds.
     """
     from transformers import AutoModelForCausalLM
 
     gc.collect()  # an earlier stage's model, which cycles of references keep, may be gigabytes
-    model_config = load_model_config(config)
+    is_meta = str(device) == "meta"
+    model_config = load_model_config(config, for_weights=not is_meta)
+    _check_positions(model_config, config)
     common = {
         "dtype": torch.float32,
         "trust_remote_code": config.trust_remote_code,
     }
-    if config.model_name_or_path is None or str(device) == "meta":
+    if config.model_name_or_path is None or is_meta:
         torch.manual_seed(config.seed)
-        with torch.device(device):
+        with torch.device("meta" if is_meta else "cpu"):
             lm = AutoModelForCausalLM.from_config(model_config, **common)
         lm.config.dtype = model_config.dtype  # what exports default to, not what training uses
     else:
@@ -207,10 +214,31 @@ def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> Pa
                 f"{config.model_name_or_path}: no model could be loaded ({_first_line(error)})"
             ) from None
         lm.config.dtype = stored_dtype
-        torch.nn.Module.to(lm, device)
     blocks.prepare(lm, config, torch.device(device))
     autocast = bool(config.bf16) and torch.device(device).type == "cpu"
     return PackedLM(lm, autocast=autocast).train()
+
+
+def _check_positions(model_config: Any, config: TrainConfig) -> None:
+    """Some families' attention or positions are not a trace's own in a pack. (In chunks: only their
+    mask knows; longrope, dynamic: the longest trace of the pack decides.)"""
+    chunk = getattr(model_config, "attention_chunk_size", None)
+    if chunk is not None and config.max_length > chunk:
+        raise RediError(
+            f"{model_config.model_type}: attends in chunks of {chunk} tokens, which redi does not "
+            f"compute; set max_length to {chunk} at most"
+        )
+    rope: Any = getattr(model_config, "rope_parameters", None)
+    rope = rope if isinstance(rope, dict) else {}
+    scaling = rope.get("rope_type")
+    names = ("original_max_position_embeddings", "max_position_embeddings")
+    known = (getattr(model_config, name, None) for name in names)
+    original = next(filter(None, (rope.get(names[0]), *known)), config.max_length)
+    if scaling in ("longrope", "dynamic") and config.max_length > original:
+        raise RediError(
+            f"{model_config.model_type}: beyond {original} tokens its {scaling} positions change "
+            f"with the longest trace of a pack; set max_length to {original} at most"
+        )
 
 
 def _set_rope_theta(model_config: Any, theta: float) -> None:

@@ -25,7 +25,7 @@ class TrainState:
     output_dir: Path = field(default_factory=Path)
     name: str = "train"
     skipped: list[int] = field(default_factory=list)  # steps whose loss or gradient was not finite
-    model: Any = None  # the transformers model as it trains; sharded where ranks share it
+    model: Any = None  # the transformers model as it trains; sharded on CUDA and over ranks
 
 
 class Callback:

@@ -88,7 +88,8 @@ def _log_probs(config: Any, traces: list[Trace], max_tokens: int) -> list[np.nda
     from redi.data.pack import IGNORE_INDEX, pack_traces
     from redi.model import load_model, token_logps
 
-    model = load_model(config, device="cuda" if torch.cuda.is_available() else "cpu").eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(config, device=device).to(device).eval()
     numbered = [replace(trace, example=i) for i, trace in enumerate(traces)]
     found: dict[int, np.ndarray] = {}
     for pack, logp_T in token_logps(model, pack_traces(numbered, max_tokens)):

@@ -8,6 +8,7 @@ forward; so how a step is split never changes its gradient beyond rounding.
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from redi.data.tokenize import ChatFormat, Dropped, Tokenized, Trace, tokenize_e
 from redi.errors import Interrupted, RediError
 from redi.export import export, model_card, stored_dtype
 from redi.faults import StopRequest, nonfinite_step
+from redi.files import claim
 from redi.guard import CollapseGuard
-from redi.identity import TrainResult, check_same, identify, read_result, write_result
+from redi.identity import TrainResult, agreed, check_same, identify, read_result, write_result
 from redi.meter import Meter
 from redi.model import PackedLM, load_model, load_tokenizer
 from redi.monitor import MetricsFile, TrainState, notify, read_metrics, say
@@ -54,16 +56,29 @@ def train(
     """
     config = _checked(config)
     ranks = distributed.setup()
+    with ExitStack() as until_done:
+        claimed = claim(Path(config.output_dir), "run")
+        try:
+            ranks.together(lambda: until_done.enter_context(claimed), main=True)
+        except OSError as error:
+            raise RediError(f"{config.output_dir}: cannot be written: {error}") from None
+        return _train(config, ranks, callbacks, name)
+
+
+def _train(
+    config: TrainConfig, ranks: distributed.Ranks, callbacks: Sequence[Any], name: str
+) -> TrainResult:
     tokenizer = load_tokenizer(config)
     data = load_data(config, tokenizer)
     held_out = load_held_out(config, tokenizer)
     output_dir = Path(config.output_dir)
-    identity = identify(config, data)
-    result = read_result(output_dir, identity)
+    identity = agreed(identify(config, data), ranks)
+    result = ranks.together(lambda: read_result(output_dir, identity), main=True)[0]
     if result is not None:
         return result
 
     model = load_model(config, device=ranks.device)
+    _check_longest(config, model, [*data.traces, held_out])
     distributed.shard(model, list(model.lm.model.layers), ranks, bf16=config.bf16 is not False)
     if config.objective == "dpo":
         data = replace(data, traces=with_reference(data.traces, model, config, ranks))
@@ -75,7 +90,6 @@ def train(
     loop.resume(state)
     listeners: list[Any] = []
     if ranks.is_main:
-        output_dir.mkdir(parents=True, exist_ok=True)
         listeners = [MetricsFile(output_dir / "metrics.jsonl"), Screen()]
         listeners += [*trackers(config, name), *callbacks]
         say(_announcement(state, data, ranks))
@@ -145,6 +159,18 @@ def load_data(config: TrainConfig, tokenizer: Any) -> Tokenized:
     if config.rejected_tokens == "diverging":
         traces = [push_from_divergence(pair, config.rejected_window) for pair in traces]
     return replace(data, traces=traces, dropped=dropped + data.dropped)
+
+
+def _check_longest(config: TrainConfig, model: PackedLM, examples: Sequence[Any]) -> None:
+    """No trace may have more tokens than the model knows positions: it would train, and then be
+    refused by whoever serves it."""
+    longest = max(len(trace.input_ids) for traces in examples for trace in traces)
+    positions = getattr(model.lm.config, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise RediError(
+            f"{config.dataset_name}: {longest} tokens in a trace, {positions} positions in the "
+            "model; lower max_length, or set max_position_embeddings (and rope_theta) as the paper does"
+        )
 
 
 def load_held_out(config: TrainConfig, tokenizer: Any) -> list[Trace]:

@@ -10,14 +10,12 @@ result does not depend on the number of workers, nor on how often the build was 
 again: parts that are finished are found by the next run.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -33,7 +31,7 @@ from redi.data.table import Part, merge
 from redi.data.tokenize import digest_tokenizer
 from redi.data.verify import Verifier, num_cores
 from redi.errors import RediError, VerifierFailed
-from redi.files import digest_file, publish, write_text
+from redi.files import claim, digest_file, publish, write_text
 
 FORMAT = 2  # of the parts; also to be raised when a rule changes, so that old ones are not used
 OUTPUTS = ("positives.parquet", "pairs.parquet", "report.txt", "report.json")
@@ -81,8 +79,7 @@ def build(
         start.length_unit = "tokens"
     aside = folder / ".building"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _claim(folder):
+        with claim(folder, "build"):
             _begin(aside, start.fingerprint)
             try:
                 chooser = Chooser(config, tokenizer, overlap)
@@ -258,20 +255,6 @@ def _finished(folder: Path, wanted: BuildReport) -> BuildReport | None:
         f"{folder}: holds data built from other {', '.join(differ) or 'tokenizer or template'}; "
         "choose another output_dir, or remove that folder"
     )
-
-
-@contextmanager
-def _claim(folder: Path) -> Iterator[None]:
-    """The folder is this process's to build in, until it ends in whatever way."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RediError(f"{folder}: another build is at work in it") from None
-        yield
-    finally:
-        os.close(handle)
 
 
 def _begin(aside: Path, fingerprint: str) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from redi import attention
+from redi.errors import RediError
 
 SEQLENS = (7, 19, 1, 12, 12)
 
@@ -170,3 +171,19 @@ def test_flash_attention_gets_what_it_takes(dtype, monkeypatch):
     cu_seqlens = torch.tensor([0, 4, 9]).int()
     attention.varlen_attention(None, q, k, v, None, cu_seqlens=cu_seqlens, seqlens=(4, 5))
     assert asked == ([] if dtype == torch.float32 else [dtype])
+
+
+def test_what_a_family_adds_to_its_attention_is_not_dropped():
+    """gpt_oss passes sinks: without them its log-probs would be other ones."""
+    lm = tiny.make_lm(
+        "gpt_oss", num_local_experts=2, num_experts_per_tok=1, sliding_window=6, pad_token_id=0
+    )
+    with pytest.raises(RediError, match=r"GptOssAttention gives its attention s_aux"):
+        run_packed(lm, [torch.arange(5, 14)])
+
+
+def test_flash_attention_gets_heads_that_it_takes():
+    heads = lambda size: torch.zeros(3, 2, size, dtype=torch.bfloat16)
+    assert attention._fits_flash(heads(128), heads(128))
+    assert not attention._fits_flash(heads(192), heads(128))  # DeepSeek's
+    assert not attention._fits_flash(heads(512), heads(512))  # Gemma 4's

@@ -110,6 +110,18 @@ def test_liger_is_asked_for_in_vain(tmp_path, monkeypatch):
     load_model(config(tmp_path))  # by default it is used where it can be
 
 
+@pytest.mark.parametrize(("family", "known"), [("glm4", True), ("cohere2", False)])
+def test_liger_decides_what_it_has_for_a_family(family, known):
+    """It has no RoPE for GLM-4; a family that it does not know at all is an error if asked for."""
+    pytest.importorskip("liger_kernel")
+    lm = tiny.make_lm(family, pad_token_id=0)
+    blocks.use_liger(lm, torch.device("cuda"))
+    if known:
+        return blocks.use_liger(lm, torch.device("cuda"), required=True)
+    with pytest.raises(RediError, match="Liger does not know cohere2"):
+        blocks.use_liger(lm, torch.device("cuda"), required=True)
+
+
 # Liger's kernels in Triton's interpreter, which lacks what the first lines give it.
 LIGER = """
 import numpy, sys, tiny, torch, triton.language as tl, triton.runtime.interpreter as interpreter

@@ -208,3 +208,27 @@ def test_dpos_reference_is_not_rounded_by_the_policy_of_bf16(fork, tmp_path):
     assert codes == [0, 0], err
     (row,) = read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert abs(row["rewards/chosen"]) < 1e-4 and abs(row["rewards/rejected"]) < 1e-4
+
+
+def test_ranks_that_read_other_data_are_stopped(fork, tmp_path):
+    """Each packs for itself: they would wait for each other for ever."""
+    other = """
+import redi.train as room
+load = room.load_data
+def other(config, tokenizer):
+    data = load(config, tokenizer)
+    return room.replace(data, traces=data.traces[1:]) if rank == 1 else data
+room.load_data = other
+"""
+    codes, err = fork(tmp_path, tiny.train_settings(tmp_path), 2, other)
+    assert codes == [2, 2]
+    assert "ranks read different data or models" in err
+
+
+def test_the_first_rank_says_what_is_done(fork, tmp_path):
+    """A result on rank 0's disk alone: the others must not go on without it."""
+    settings = tiny.train_settings(tmp_path, max_steps=1)
+    assert fork(tmp_path, settings)[0] == [0, 0]
+    blind = "import redi.train as room\nif rank == 1: room.read_result = lambda *_: None"
+    codes, _ = fork(tmp_path, settings, 2, blind)
+    assert codes == [0, 0]

@@ -92,3 +92,49 @@ def test_scratch_models_depend_on_the_seed_alone(tmp_path):
 def test_models_without_a_head_are_refused():
     with pytest.raises(RediError, match="causal LM"):
         PackedLM(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        (
+            {"model_type": "llama4_text", **tiny.BASE, "attention_chunk_size": 64,
+             "num_local_experts": 2, "intermediate_size_mlp": 48},
+            "attends in chunks of 64 tokens",
+        ),
+        (
+            {"model_type": "phi3", **tiny.BASE, "pad_token_id": 0,
+             "original_max_position_embeddings": 64,
+             "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4,
+                                 "original_max_position_embeddings": 64,
+                                 "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+            "beyond 64 tokens its longrope positions change",
+        ),
+    ],
+)  # fmt: skip
+def test_families_that_packs_would_compute_wrong_are_refused(tmp_path, architecture, message):
+    for device in ("cpu", "meta"):
+        with pytest.raises(RediError, match=message):
+            load_model(config(tmp_path, architecture=architecture), device=device)
+    load_model(config(tmp_path, architecture=architecture, max_length=64), device="meta")
+
+
+def test_a_named_models_own_config_is_used_where_weights_follow(tmp_path, monkeypatch):
+    """A recipe's architecture stands in for it without them only: it may lack rope's scaling."""
+    settings = config(tmp_path, model_name_or_path="some/hub-name")
+    assert load_model(settings, device="meta").lm.config.vocab_size == tiny.BASE["vocab_size"]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(RediError, match=r"some/hub-name: no model could be loaded"):
+        load_model(settings)
+
+
+@pytest.mark.parametrize("start", ["scratch", "folder"])
+def test_no_gpu_holds_a_whole_model(tmp_path, start):
+    """Sharding moves it there, block by block."""
+    settings = config(tmp_path, use_liger_kernel=False)
+    if start == "folder":
+        load_model(settings).lm.save_pretrained(tmp_path / "model")
+        changes = {"architecture": None, "model_name_or_path": str(tmp_path / "model")}
+        settings = settings.model_copy(update=changes)
+    model = load_model(settings, device=torch.device("cuda"))
+    assert {p.device.type for p in model.parameters()} == {"cpu"}

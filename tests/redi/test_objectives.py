@@ -53,7 +53,7 @@ def recipe(objective="redi", alpha=0.8):
     beta = {"dpo": 0.3, "simpo": 1.5}.get(objective)
     content = {
         "objective": "redi" if objective in BOUNDS else objective,
-        "alpha": alpha, "beta": beta, "simpo_gamma": 0.7,
+        "alpha": alpha, "beta": beta, "simpo_gamma": 0.7 if objective == "simpo" else 1.0,
         "model_name_or_path": "m", "dataset_name": "d", "output_dir": "o",
     } | BOUNDS.get(objective, ({},))[0]  # fmt: skip
     return make_config(TrainConfig, content, "test")

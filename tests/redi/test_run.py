@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -134,7 +135,7 @@ def test_killed_and_run_again_is_bit_for_bit(straight, tmp_path, moment):
     file = write(tmp_path, recipe(tmp_path))
     root = tmp_path / "run"
     command = [sys.executable, "-m", "redi", "run", str(file)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     signs = {
         "task": lambda: root.exists(),
         "data": lambda: (root / "task" / "done.json").exists(),

@@ -24,6 +24,7 @@ import redi.train as train_module
 from redi import checkpoint, faults
 from redi.config import TrainConfig
 from redi.errors import Interrupted, RediError
+from redi.files import claim
 from redi.model import PackedLM
 from redi.monitor import read_metrics, timeless
 from redi.recipe import make_config
@@ -406,6 +407,18 @@ def test_exported_dtype(tmp_path):
     assert json.loads((result.output_dir / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_auto_keeps_the_dtype_that_a_model_came_in(tmp_path):
+    """In config.json too, stage after stage."""
+    settings = tiny.train_settings(tmp_path, dtype="bfloat16", max_steps=1)
+    folder = train(settings).output_dir
+    del settings["architecture"], settings["dtype"], settings["tokenizer_name_or_path"]
+    for name in "ab":
+        settings |= {"model_name_or_path": str(folder), "output_dir": str(tmp_path / name)}
+        folder = train(settings).output_dir
+        assert {t.dtype for t in weights(folder).values()} == {torch.bfloat16}
+        assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_two_stages(tmp_path):
     """SFT, then REDI from its folder; log-probs continue where SFT left them."""
     sft = train(
@@ -448,3 +461,23 @@ def test_a_run_that_would_start_over_says_how_it_continues(tmp_path):
     settings = tiny.train_settings(tmp_path, resume_from_checkpoint=False)
     with pytest.raises(Interrupted, match="run it with resume_from_checkpoint: auto"):
         train(settings, [Signal(3, signal.SIGTERM)])
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    settings = tiny.train_settings(tmp_path, max_steps=1)
+    with claim(tmp_path / "out", "run"), pytest.raises(RediError, match="another run is at work"):
+        train(settings)
+    train(settings)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RediError, match=r"file.out: cannot be written"):
+        train(tiny.train_settings(tmp_path, output_dir=str(tmp_path / "file" / "out")))
+
+
+def test_a_trace_longer_than_the_models_positions_is_refused(tmp_path):
+    architecture = tiny.architecture(max_position_embeddings=20)
+    with pytest.raises(RediError, match=r"tokens in a trace, 20 positions in the model"):
+        train(tiny.train_settings(tmp_path, architecture=architecture))
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()

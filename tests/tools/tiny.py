@@ -41,7 +41,7 @@ FAMILIES = {
 
 
 def architecture(family: str = "qwen2", **changes) -> dict:
-    return {"model_type": family, **BASE, **FAMILIES[family], **changes}
+    return {"model_type": family, **BASE, **FAMILIES.get(family, {}), **changes}
 
 
 def make_lm(family: str = "qwen2", *, seed: int = 0, scale: float = 6.0, **changes):
