@@ -19,6 +19,8 @@ from redi.errors import RediError
 
 _CHUNK = 500  # examples per tokenizer call: enough for its threads, little enough for memory
 _PROBE = "probe 4711"
+_THINK = {"<think>", "</think>"}  # traces hold them
+_WORDS = re.compile(r"[\w\s]*")  # no mark of a turn, though somebody made a token of it
 _OPENED = re.compile(r"<think>\s*\Z")  # what templates of reasoning models end the prompt with
 
 
@@ -54,9 +56,9 @@ class ChatFormat:
     the bos token where the tokenizer writes one, and ends with eos. Prompt and completion are
     tokenized apart, so that training starts a completion where generation does.
 
-    A control token (bos, eos, pad, and the special tokens of the template) written out in a message
-    or a completion is tokenized as ordinary characters: it can neither end nor open a turn, nor
-    shift the mask.
+    A control token (bos, eos, pad, and those that the template writes around messages) written out
+    in a message or a completion is tokenized as ordinary characters: it can neither end nor open a
+    turn, nor shift the mask.
 
     Where the template's generation prompt opens a think block, completions must open it in the same
     words, which then belong to the prompt.
@@ -77,10 +79,12 @@ class ChatFormat:
                     "the chat template leaves out the assistant's text; set another chat_template"
                 )
             self.suffix = turn[turn.rindex(_PROBE) + len(_PROBE) :]
-            added = tokenizer.added_tokens_decoder.items()
-            special = control | {int(i) for i, token in added if token.special}
+            added = tokenizer.added_tokens_decoder
+            special = control | {i for i, token in added.items() if token.special}
             stop = next((i for i in self._ids([self.suffix])[0] if i in special), None)
-            control |= special.intersection(self._ids([turn])[0])
+            written = {i for ids in self._ids([turn, *self._system_turn()]) for i in ids}
+            # Special or not: the published R1 models' <｜User｜> and <｜Assistant｜> are not.
+            control |= {i for i in written & added.keys() if _marks_a_turn(added[i])}
         if stop is None and eos is None:
             raise RediError(
                 "the tokenizer has no eos token, nor a chat template that ends the assistant's "
@@ -88,8 +92,10 @@ class ChatFormat:
             )
         self.stop_token_id: int = eos if stop is None else stop
         self.eos_token_ids = [i for i in dict.fromkeys((self.stop_token_id, eos)) if i is not None]
-        texts = map(re.escape, tokenizer.convert_ids_to_tokens(sorted(control)))
-        self._control = re.compile("|".join(sorted(texts, key=len, reverse=True)) or "(?!)")
+        texts = sorted(tokenizer.convert_ids_to_tokens(sorted(control)), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, texts)) or "(?!)")
+        inside = (f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in texts)
+        self._inside_control = re.compile("|".join(inside) or "(?!)")
         bos = tokenizer.bos_token_id
         self._leading_ids = [bos] if tokenizer("")["input_ids"][:1] == [bos] else []
 
@@ -162,7 +168,7 @@ class ChatFormat:
         completions = self._ids(texts)
         for i, text in enumerate(texts):
             if self._control.search(text):
-                completions[i] = self._ids([text], split_special_tokens=True)[0]
+                completions[i] = self._ids_of_characters(text)
         encoded = []
         for (prompt, _), prompt_ids, ids in zip(pairs, prompts, completions, strict=True):
             stop = self.stop_token_id
@@ -204,8 +210,22 @@ class ChatFormat:
             raise RediError("the chat template repeats or leaves out messages; set another one")
         ids = self._ids([pieces[0]])[0]
         for control, piece in zip(written, pieces[1:], strict=True):
-            ids += self._ids([control], split_special_tokens=True)[0] + self._ids([piece])[0]
+            ids += self._ids_of_characters(control) + self._ids([piece])[0]
         return ids
+
+    def _ids_of_characters(self, text: str) -> list[int]:
+        """Ids of text whose control tokens are none. The tokenizer never splits those that are not
+        special, so each is cut after its first character."""
+        pieces = self._inside_control.split(text)
+        return [i for ids in self._ids(pieces, split_special_tokens=True) for i in ids]
+
+    def _system_turn(self) -> list[str]:
+        """A conversation with one, unless the template refuses it."""
+        messages = [{"role": role, "content": "question"} for role in ("system", "user")]
+        try:
+            return [self._render(messages)]
+        except RediError:
+            return []
 
     def _render(self, messages: list[Message], **kwargs: Any) -> str:
         from jinja2 import TemplateError
@@ -291,6 +311,12 @@ def over_limit(
     if max_length and num_tokens > max_length:
         return f"longer than max_length {max_length}"
     return None
+
+
+def _marks_a_turn(token: Any) -> bool:
+    """Whether an added token that a template writes is one of its marks, and none of its words."""
+    words = not token.special and _WORDS.fullmatch(token.content)
+    return not words and token.content not in _THINK
 
 
 def _assistant(text: str) -> Message:

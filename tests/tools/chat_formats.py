@@ -27,9 +27,9 @@ GEMMA = (
 )
 R1 = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}"
-    "{% elif m['role'] == 'user' %}<|User|>{{ m['content'] }}"
-    "{% else %}<|Assistant|>{{ m['content'].split('</think>')[-1] }}<|end_of_sentence|>{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
+    "{% elif m['role'] == 'user' %}<｜User｜>{{ m['content'] }}"
+    "{% else %}<｜Assistant｜>{{ m['content'].split('</think>')[-1] }}<｜end▁of▁sentence｜>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
 )
 # As the templates of reasoning models do: earlier thoughts are not shown to the model again.
 STRIPS_REASONING = CHATML.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] }}")
@@ -42,9 +42,13 @@ def byte_tokenizer(
     special: tuple[str, ...] = ("<|im_start|>", "<|im_end|>"),
     *,
     adds_bos: bool = False,
+    ordinary: tuple[str, ...] = (),
     **roles: str,
 ) -> PreTrainedTokenizerFast:
-    """A BPE of bytes with three merges; `roles` such as eos_token="</s>" are special tokens too."""
+    """A BPE of bytes with three merges; `roles` such as eos_token="</s>" are special tokens too.
+
+    `ordinary` tokens are added without being special, as <think> and </think> are.
+    """
     symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "12", "ab", "Ġa"]
     merges = [("1", "2"), ("a", "b"), ("Ġ", "a")]
     bpe = models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=merges)
@@ -52,7 +56,8 @@ def byte_tokenizer(
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(list(dict.fromkeys((*special, *roles.values()))))
-    backend.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    added = (*ordinary, "<think>", "</think>")
+    backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in added])
     if adds_bos:
         bos = roles["bos_token"]
         backend.post_processor = processors.TemplateProcessing(
@@ -78,9 +83,10 @@ def gemma() -> PreTrainedTokenizerFast:
 
 
 def r1() -> PreTrainedTokenizerFast:
-    special = ("<|User|>", "<|Assistant|>")
-    names = {"bos_token": "<|begin_of_sentence|>", "eos_token": "<|end_of_sentence|>"}
-    return byte_tokenizer(R1, special, adds_bos=True, **names)
+    """As the distilled models are published: the turns' tokens are not special ones."""
+    names = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}
+    ordinary = ("<｜User｜>", "<｜Assistant｜>")
+    return byte_tokenizer(R1, (), adds_bos=True, ordinary=ordinary, **names)
 
 
 def llama3() -> PreTrainedTokenizerFast:
