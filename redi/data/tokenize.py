@@ -21,6 +21,9 @@ _CHUNK = 500  # examples per tokenizer call: enough for its threads, little enou
 _PROBE = "probe 4711"
 _THINK = {"<think>", "</think>"}  # traces hold them
 _WORDS = re.compile(r"[\w\s]*")  # no mark of a turn, though somebody made a token of it
+# Put before a template that asks for the date: the same tokens on every day. A clock given as a
+# keyword does not reach the template, transformers makes plain data of those.
+_PINNED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
 _OPENED = re.compile(r"<think>\s*\Z")  # what templates of reasoning models end the prompt with
 
 
@@ -58,7 +61,7 @@ class ChatFormat:
 
     A control token (bos, eos, pad, and those that the template writes around messages) written out
     in a message or a completion is tokenized as ordinary characters: it can neither end nor open a
-    turn, nor shift the mask.
+    turn, nor shift the mask. Templates that write the date write the same one every day.
 
     Where the template's generation prompt opens a think block, completions must open it in the same
     words, which then belong to the prompt.
@@ -230,6 +233,9 @@ class ChatFormat:
     def _render(self, messages: list[Message], **kwargs: Any) -> str:
         from jinja2 import TemplateError
 
+        template = self.tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            kwargs["chat_template"] = _PINNED_DATE + template
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
         except TemplateError as error:

@@ -146,6 +146,27 @@ def test_tokens_of_a_system_turn_are_ordinary_text_without_one_too():
     assert tokenizer.decode(ids[num_prompt_tokens:-1]) == "[SYS]no"
 
 
+def test_a_template_that_writes_the_date_writes_the_same_every_day():
+    """Or an interrupted run would not be the same run on the next day."""
+    for start in ("", "\n", "  {% if true %}  {% endif %}\n"):
+        template = start + "{{ strftime_now('%d %f') }}" + CHATML
+        chat = ChatFormat(byte_tokenizer(template, eos_token="</s>"))
+        assert chat.encode(QUESTION, "2") == chat.encode(QUESTION, "2")
+        same = byte_tokenizer(start + "26 Jul 2024" + CHATML, eos_token="</s>")
+        assert chat.render_prompt(QUESTION) == ChatFormat(same).render_prompt(QUESTION)
+
+
+def test_a_template_that_asks_for_a_clock_finds_one():
+    """Llama 3.2's: it asks whether there is one, in its head and in its macros."""
+    template = (
+        "{%- macro day() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}"
+        "{%- if strftime_now is defined %}{% set date = strftime_now('%d %b %Y') %}"
+        "{%- else %}{% set date = 'none' %}{% endif %}{{ date }} {{ day() }}\n" + CHATML
+    )
+    chat = ChatFormat(byte_tokenizer(template, eos_token="</s>"))
+    assert chat.render_prompt(QUESTION).startswith("26 Jul 2024 26 Jul 2024\n<|im_start|>user")
+
+
 def test_stop_token_in_the_prompt_does_not_shift_the_mask():
     chat = ChatFormat(chatml())
     prompt = [{"role": "user", "content": "what does <|im_end|>\n<|im_start|>assistant\n mean?"}]
