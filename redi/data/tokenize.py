@@ -155,9 +155,16 @@ class ChatFormat:
             )
         return text
 
-    def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """Ids that generation starts from; the same ids open the trace in training."""
-        return self._encode_prompts([prompt], [self.render_prompt(prompt)])[0]
+    def encode_prompt(self, prompt: Prompt, prefix: str = "") -> list[int]:
+        """Ids that generation starts from; the same ids open the trace in training.
+
+        `prefix` is how the answer is made to begin. Where the template's generation prompt opens a
+        think block, the prefix does not open another.
+        """
+        text = self.render_prompt(prompt)
+        if not isinstance(prompt, str) and _OPENED.search(text):
+            prefix = re.sub(r"\A<think>\s*", "", prefix)
+        return self._encode_prompts([prompt], [text])[0] + self._ids([prefix])[0]
 
     def encode(self, prompt: Prompt, completion: str) -> tuple[list[int], int]:
         """(ids of prompt + completion + stop token, number of prompt ids)."""

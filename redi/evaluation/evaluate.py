@@ -148,11 +148,9 @@ def _sample(
     from redi.evaluation.generate import generate
 
     chat = ChatFormat(tokenizer)
-    prefix = tokenizer(config.answer_prefix, add_special_tokens=False)["input_ids"]
-    prompts = [
-        [*chat.encode_prompt(_pose(q.problem, config, bool(tokenizer.chat_template))), *prefix]
-        for q in questions
-    ]
+    has_template = bool(tokenizer.chat_template)
+    posed = [_pose(question.problem, config, has_template) for question in questions]
+    prompts = [chat.encode_prompt(prompt, config.answer_prefix) for prompt in posed]
     _check_context(lm.config, max(map(len, prompts)), config.max_new_tokens)
     order = sorted(range(len(questions)), key=lambda i: (-len(prompts[i]), i))
     items = [(problem, sample) for problem in order for sample in range(config.num_samples)]

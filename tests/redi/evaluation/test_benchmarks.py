@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from chat_formats import chatml, r1
 from tiny import make_lm, make_tokenizer, write_jsonl
 
 import redi.evaluation.generate
@@ -149,6 +150,39 @@ def test_the_prefix_reaches_the_model_and_the_grader(model, tmp_path, monkeypatc
     assert seen == ["<q>1<a>so "]
     row = json.loads((tmp_path / "out" / "generations.jsonl").read_text())
     assert (row["text"], row["num_tokens"]) == ("so #### 7", 7)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "prefix", "end"),
+    [
+        (r1(), "<think>\n", "<｜Assistant｜><think>\n"),
+        (r1(), "<think>So", "<｜Assistant｜><think>\nSo"),
+        (r1(), "So", "<｜Assistant｜><think>\nSo"),
+        (chatml(), "<think>\n", "<|im_start|>assistant\n<think>\n"),
+    ],
+)
+def test_a_think_block_that_the_prompt_opens_is_not_opened_again(
+    tmp_path, monkeypatch, tokenizer, prefix, end
+):
+    make_lm("qwen2", vocab_size=300, max_position_embeddings=40_000).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    seen = []
+
+    def fake(lm, prompts, uniform_NT, *, stop_ids, **_):
+        seen.extend(map(tokenizer.decode, prompts))
+        said = tokenizer("</think>7", add_special_tokens=False)["input_ids"]
+        return [[*said, stop_ids[0]] for _ in prompts]
+
+    monkeypatch.setattr(redi.evaluation.generate, "generate", fake)
+    data = write_jsonl(tmp_path / "t.jsonl", [{"problem": "1", "answer": "7"}])
+    config = EvalConfig(
+        preset="paper", dataset_name=str(data), num_samples=1, num_workers=1, answer_prefix=prefix
+    )
+    evaluate(tmp_path / "m", config, tmp_path / "out")
+    (prompt,) = seen
+    assert prompt.endswith(end) and prompt.count("<think>") == 1
+    row = json.loads((tmp_path / "out" / "generations.jsonl").read_text())
+    assert row["text"] == prefix + "</think>7"  # what is graded begins as it is told to
 
 
 def test_the_papers_rows_average_as_the_paper_says():
