@@ -219,11 +219,13 @@ def _sample_served(model: str, questions: list[Question], config: EvalConfig, fi
             _keep(rows, questions, verifier, output)
             advance(len(rows))
             missing -= len(rows)
-            in_a_row = 0 if rows else in_a_row
-            for error in (got for _, got in batch if isinstance(got, Exception)):
-                if not isinstance(error, Unanswered):
-                    raise error
-                in_a_row, last = in_a_row + 1, str(error)
+            for _, got in batch:
+                if isinstance(got, Unanswered):
+                    in_a_row, last = in_a_row + 1, str(got)
+                elif isinstance(got, Exception):
+                    raise got
+                else:
+                    in_a_row = 0
             if in_a_row >= 3:
                 break
     if missing:

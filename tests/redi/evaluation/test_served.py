@@ -13,7 +13,7 @@ import redi.evaluation.served
 from redi.config import EvalConfig
 from redi.errors import RediError
 from redi.evaluation.evaluate import evaluate
-from redi.evaluation.served import Client, Completion, _retry_after
+from redi.evaluation.served import Client, Completion, Unanswered, _retry_after
 
 QUESTIONS = [{"id": f"q{i}", "problem": f"{i}+{i}", "answer": str(2 * i)} for i in range(6)]
 
@@ -284,6 +284,24 @@ def test_one_poisoned_problem_leaves_the_others_answered(server, config, tmp_pat
     with pytest.raises(RediError, match=r"^4 of 24 samples have no answer"):
         evaluate("m", config, tmp_path / "out")
     assert {row["id"] for row in rows(tmp_path / "out")} == {"q0", "q1", "q2", "q4", "q5"}
+
+
+def test_three_failures_among_many_answers_are_not_three_in_a_row(config, tmp_path, monkeypatch):
+    """However many answers come back at once, the order counts."""
+    seen = []
+
+    def answers(client, requests):
+        seen.append(len(requests))
+        got = [Completion("#### 0", True, 7)] * len(requests)
+        got[0] = got[4] = got[8] = Unanswered("oops")
+        both = [(key, answer) for (key, _), answer in zip(requests, got, strict=True)]
+        yield both[:12]
+        yield both[12:]
+
+    monkeypatch.setattr(Client, "answers", answers)
+    with pytest.raises(RediError, match=r"^3 of 18 samples have no answer"):
+        evaluate("m", config, tmp_path / "out")
+    assert (seen, len(rows(tmp_path / "out"))) == ([18], 15)
 
 
 @pytest.mark.parametrize(
