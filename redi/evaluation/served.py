@@ -43,6 +43,7 @@ class Client:
         self.config = config
         path = "/chat/completions" if config.api == "chat" else "/completions"
         self.url = str(config.base_url).rstrip("/") + path
+        self._headers = {"Content-Type": "application/json", **_authorization(config.api_key_env)}
         self._stop = threading.Event()
 
     def answers(
@@ -108,10 +109,7 @@ class Client:
         raise Unanswered(f"{self.url}: {why}")
 
     def _post(self, body: dict[str, Any]) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.config.api_key_env):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), self._headers)
         with urllib.request.urlopen(request, timeout=self.config.request_timeout) as response:
             return json.loads(response.read())
 
@@ -136,6 +134,18 @@ class Client:
         if status in (401, 403):
             return f"; the key is read from the environment variable {self.config.api_key_env}"
         return "; is base_url right, and does the server hold this model?" if status == 404 else ""
+
+
+def _authorization(variable: str) -> dict[str, str]:
+    """The header with the key. Raises RediError for one that no header takes: http.client's words
+    for it would show it."""
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise RediError(
+            f"the key in the environment variable {variable} holds a line break or another "
+            "character that no key has; set it again"
+        )
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _excerpt(error: urllib.error.HTTPError) -> str:

@@ -304,6 +304,24 @@ def test_three_failures_among_many_answers_are_not_three_in_a_row(config, tmp_pa
     assert (seen, len(rows(tmp_path / "out"))) == ([18], 15)
 
 
+@pytest.mark.parametrize("key", [" sk-secret\r\n", "sk-secret\n", "sk-secret"])
+def test_white_space_around_the_key_is_no_part_of_it(server, config, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    Client(config).complete({"messages": [{"content": "4+4"}], "seed": 0})
+    assert server.headers[0]["Authorization"] == "Bearer sk-secret"
+
+
+@pytest.mark.parametrize("key", ["sk-\rsecret", "sk-\nsecret", "sk-\u201csecret", "sk-\x7fsecret"])
+def test_a_key_that_no_header_takes_is_refused_and_not_shown(
+    server, config, tmp_path, monkeypatch, key
+):
+    monkeypatch.setenv("MY_KEY", key)
+    with pytest.raises(RediError, match="MY_KEY") as raised:
+        evaluate("m", changed(config, api_key_env="MY_KEY"), tmp_path / "out")
+    assert "secret" not in str(raised.value)
+    assert not server.bodies
+
+
 @pytest.mark.parametrize(
     ("status", "words"),
     [(400, "too long"), (401, "OPENAI_API_KEY"), (404, "is base_url right")],
