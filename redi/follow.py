@@ -32,4 +32,7 @@ class Snapshots(Callback):
     def evaluate(self, config: EvalConfig) -> dict[int, EvalResult]:
         """By step; also of snapshots that an earlier start of the run left."""
         folders = {int(f.name.split("-")[1]): f for f in self.folder.glob("step-*")}
-        return {step: evaluate(f, config, f / "eval") for step, f in sorted(folders.items())}
+        return {
+            step: evaluate(f, config, f / "eval", replace=True)
+            for step, f in sorted(folders.items())
+        }

@@ -115,7 +115,8 @@ def run(
     for name, stage in job.stages.items():
         if name != "pretrain":
             _say(f"== evaluating {name}")
-            results[name] = evaluate(stage.output_dir, job.eval, job.root / "eval" / name)
+            folder = job.root / "eval" / name
+            results[name] = evaluate(stage.output_dir, job.eval, folder, replace=True)
     write_text(job.root / RECIPE, ran)  # not before: the folder may belong to another recipe
     write_report(job.root, results, baseline=config.baseline, title=config.name)
     print(f"page: {write_run_page(job.root)}", flush=True)

@@ -87,7 +87,7 @@ class Start:
         changes: dict[str, Any] = {"dataset_name": str(self.folder / "task" / "train.jsonl")}
         changes |= {"num_samples": NUM_OWN_SAMPLES, "temperature": 1.0, "top_p": 1.0}
         config = Job(self.recipe).eval.model_copy(update=changes)
-        evaluate(self.folder / "sft", config, self.folder / "own-samples")
+        evaluate(self.folder / "sft", config, self.folder / "own-samples", replace=True)
         rows = [json.loads(x) for x in (self.folder / "own-samples/generations.jsonl").open()]
         first: dict[str, dict[str, Any]] = {}
         for row in sorted(rows, key=lambda row: (row["problem"], row["sample"])):
@@ -196,7 +196,7 @@ class Study:
             folder = start.folder / f"{arm}-{rate:g}"
             self._train(start, arm, rate, folder)
             samples = folder / "eval"
-            result = evaluate(folder, Job(start.recipe).eval, samples)
+            result = evaluate(folder, Job(start.recipe).eval, samples, replace=True)
             log = read_metrics(folder / "metrics.jsonl")
         cell = {**key, "split": split, "settings": settings, "start": start.fingerprint}
         cell |= measure(result, log)

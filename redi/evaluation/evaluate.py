@@ -77,13 +77,18 @@ def evaluate_benchmarks(
 
 
 def evaluate(
-    model_name_or_path: str | os.PathLike, config: EvalConfig, output_dir: str | os.PathLike
+    model_name_or_path: str | os.PathLike,
+    config: EvalConfig,
+    output_dir: str | os.PathLike,
+    *,
+    replace: bool = False,
 ) -> EvalResult:
     """Evaluates one model, going on where an earlier call with the same settings stopped.
 
-    A finished evaluation of the same model files, data and settings is only read. Computes in
-    float32 on a CPU, bfloat16 on CUDA. Raises RediError for bad data, a folder without a model or
-    tokenizer, problems longer than the model's context, a full disk, and a full memory.
+    A finished evaluation of the same model files, data and settings is only read. Samples of
+    another one are refused, or with `replace` removed. Computes in float32 on a CPU, bfloat16 on
+    CUDA. Raises RediError for bad data, a folder without a model or tokenizer, problems longer than
+    the model's context, a full disk, and a full memory.
     """
     name, folder = os.fspath(model_name_or_path), Path(output_dir)
     if config.dataset_name is None:
@@ -95,6 +100,8 @@ def evaluate(
         return load_result(folder)
     identity = {"fingerprint": fingerprint, "model": name, "config": config.model_dump()}
     generations = folder / "generations.jsonl"
+    if not replace and generations.exists() and generations.stat().st_size:
+        _check_same(folder, identity)
     try:
         if config.engine == "openai":
             _start(folder, identity)
@@ -358,6 +365,26 @@ def _fingerprint(
             while block := stream.read(1 << 24):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def _check_same(folder: Path, identity: dict[str, Any]) -> None:
+    """Raises RediError, with what differs, if the samples in `folder` are another evaluation's."""
+    there = _read_json(folder / "evaluation.json")
+    if there.get("fingerprint") == identity["fingerprint"]:
+        return
+    defaults = {name: field.default for name, field in EvalConfig.model_fields.items()}
+    saved = {**defaults, **there.get("config", {}), "model": there.get("model")}
+    wanted = {"model": identity["model"], **identity["config"]}
+    differ = [
+        f"{key} ({saved.get(key)!s:.40} there, {value!s:.40} now)"
+        for key, value in wanted.items()
+        if key not in SPEED_FIELDS and saved.get(key) != value
+    ]
+    what = ", ".join(differ) or "the model's files, the problems or the grader's rules"
+    raise RediError(
+        f"{folder}: holds the samples of an evaluation that differs in {what}; "
+        "choose another output_dir, or remove that folder to start anew"
+    )
 
 
 def _start(folder: Path, identity: dict[str, Any]) -> None:

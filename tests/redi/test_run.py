@@ -120,6 +120,15 @@ def test_a_new_arm_is_added_to_a_finished_run(straight, tmp_path):
     assert {f: f.stat().st_mtime_ns for f in before} == before
 
 
+def test_a_changed_evaluation_is_made_again(straight, tmp_path):
+    root = tmp_path / "run"
+    shutil.copytree(straight[0], root)
+    settings = recipe(tmp_path)
+    settings["eval"]["max_problems"] = 2
+    results = run(make_config(RunConfig, settings, "test"))
+    assert {len(result.problem_ids) for result in results.values()} == {2}
+
+
 def test_a_changed_arm_is_refused(straight, tmp_path):
     root = tmp_path / "run"
     shutil.copytree(straight[0], root)

@@ -1,5 +1,6 @@
 """Evaluation end to end on tiny models: what is written, resumed, skipped, graded and refused."""
 
+import contextlib
 import json
 import shutil
 
@@ -179,29 +180,60 @@ def test_seed_and_sample_index_change_samples(model, config, tmp_path, no_algebr
     assert len(set(a[:3])) > 1  # three samples of one problem
 
 
-def test_finished_is_skipped_and_what_changed_is_redone(
-    model, config, tmp_path, monkeypatch, no_algebra
-):
+def test_finished_is_only_read(model, config, tmp_path, monkeypatch, no_algebra):
     copy = tmp_path / "model"
     shutil.copytree(model, copy)
     first = evaluate(copy, config, tmp_path / "out")
-    load, loads = redi.evaluation.evaluate._load, []
-    monkeypatch.setattr(
-        redi.evaluation.evaluate, "_load", lambda name: loads.append(name) or load(name)
-    )
-
+    monkeypatch.setattr(redi.evaluation.evaluate, "_load", None)
     (copy / "README.md").write_text("a card")
     again = evaluate(copy, changed(config, batch_size=2, num_workers=1), tmp_path / "out")
-    assert (loads, again.metrics()) == ([], first.metrics())
+    assert again.metrics() == first.metrics()
 
-    evaluate(copy, changed(config, temperature=0.5), tmp_path / "out")
-    assert len(loads) == 1
-    make_lm("qwen2", seed=9, scale=2.0).save_pretrained(copy)
-    evaluate(copy, changed(config, temperature=0.5), tmp_path / "out")
-    assert len(loads) == 2
-    write_jsonl(tmp_path / "test.jsonl", QUESTIONS[:5])
-    assert len(evaluate(copy, config, tmp_path / "out").problem_ids) == 5
-    assert len(read(tmp_path / "out")) == 15
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"temperature": 0.5, "max_problems": 5, "batch_size": 2},
+            r"temperature \(1.0 there, 0.5 now\), max_problems \(None there, 5 now\); choose",
+        ),
+        ("model", "the model's files, the problems or the grader's rules; choose another output_d"),
+        ("problems", "the model's files, the problems or the grader's rules; choose another outp"),
+    ],
+)
+def test_samples_of_another_evaluation_are_never_removed(
+    model, config, tmp_path, no_algebra, calls, finished, change, message
+):
+    copy, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(model, copy)
+    calls.limit = 1000 if finished else 2
+    with contextlib.suppress(KeyboardInterrupt):
+        evaluate(copy, config, out)
+    calls.limit = 1000
+    kept = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert ("metrics.json" in kept, len(read(out))) == ((True, 21) if finished else (False, 12))
+
+    wanted = config if isinstance(change, str) else changed(config, **change)
+    if change == "model":
+        make_lm("qwen2", seed=9, scale=2.0).save_pretrained(copy)
+    elif change == "problems":
+        write_jsonl(tmp_path / "test.jsonl", QUESTIONS[:5])
+    with pytest.raises(RediError, match=f"{out}: .* {message}"):
+        evaluate(copy, wanted, out)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == kept
+
+    evaluate(copy, wanted, out, replace=True)  # as `redi run` does in folders of its own
+    evaluate(copy, wanted, tmp_path / "anew")
+    assert_same_files(out, tmp_path / "anew")
+
+
+def test_a_folder_without_samples_is_free(model, config, tmp_path, no_algebra, calls):
+    calls.limit = 0
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, config, tmp_path / "out")
+    calls.limit = 1000
+    assert len(evaluate(model, changed(config, seed=1), tmp_path / "out").problem_ids) == 7
 
 
 def test_held_out_pairs_are_scored_as_the_models_own_logits_say(
@@ -240,7 +272,7 @@ def test_a_base_models_prompt_is_plain_text(config, tmp_path, monkeypatch):
     evaluate(base, config, tmp_path / "out")
     assert seen == ["Q 0+0 A"]
     with pytest.raises(RediError, match="no chat template"):
-        evaluate(base, changed(config, system_prompt="be brief"), tmp_path / "out")
+        evaluate(base, changed(config, system_prompt="be brief"), tmp_path / "brief")
 
 
 def test_system_prompt_and_template_reach_the_model(model, config, tmp_path, monkeypatch):
