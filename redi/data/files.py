@@ -8,6 +8,7 @@ import glob
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from redi.errors import RediError
+from redi.files import publish
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow")
 BLOCK_BYTES = 4 << 20  # of rows, before compression
@@ -282,7 +284,7 @@ def kind_of(value: Any) -> str:
 
 
 def _download(path: str) -> list[Path]:
-    """A Hub dataset's Arrow files, from `datasets`' cache or the network."""
+    """A Hub dataset's files, from `datasets`' cache or the network."""
     match = _HUB.fullmatch(path)
     assert match
     try:
@@ -292,10 +294,25 @@ def _download(path: str) -> list[Path]:
             f"{path}: no such file or folder; to read it from the Hugging Face Hub: "
             "pip install datasets"
         ) from None
+    split = match["split"] or "train"
     try:
-        data = load_dataset(match["name"], match["config"], split=match["split"] or "train")
+        data = load_dataset(match["name"], match["config"], split=split)
+        files = [Path(cached["filename"]) for cached in data.cache_files]
+        return [_write_slice(data, files[0].parent, split)] if "[" in split else files
     except Exception as error:  # the hub's, the network's and the loader's are many
         raise RediError(
             f"{path}: no such file or folder, and not to be had from the Hub: {error}"
         ) from None
-    return [Path(cached["filename"]) for cached in data.cache_files]
+
+
+def _write_slice(data: Any, cache: Path, split: str) -> Path:
+    """The rows of `train[:10%]` as a file of their own: the cache holds whole splits only."""
+    file = cache / f"{split}.parquet"
+    if not file.exists():
+        aside = cache / f"{split}.{os.getpid()}.tmp"
+        try:
+            data.to_parquet(aside)
+            publish(cache, {aside.name: file})
+        finally:
+            aside.unlink(missing_ok=True)
+    return file

@@ -146,7 +146,7 @@ def test_folders_of_datasets(tmp_path):
         ("open-r1/Raw", ("open-r1/Raw", None, "train")),
         ("open-r1/Raw:default", ("open-r1/Raw", "default", "train")),
         ("open-r1/Raw@test", ("open-r1/Raw", None, "test")),
-        ("open-r1/Raw:extended@train[:10%]", ("open-r1/Raw", "extended", "train[:10%]")),
+        ("open-r1/Raw:extended@train", ("open-r1/Raw", "extended", "train")),
     ],
 )
 def test_hub_names_go_to_datasets(tmp_path, monkeypatch, path, asked):
@@ -159,6 +159,29 @@ def test_hub_names_go_to_datasets(tmp_path, monkeypatch, path, asked):
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert list(read_rows(path)) == [("cached.arrow row 1", {"n": 1})]
     assert calls == [asked]
+
+
+def test_a_slice_of_a_split_is_read_alone(tmp_path, monkeypatch):
+    """`datasets` gives the whole split's cache file for it: held-out rows would hold all others."""
+    whole = [{"n": n} for n in range(10)]
+    file, written = write(tmp_path / "cached.arrow", whole), []
+
+    def load_dataset(name, config, split):
+        start = 2 if split == "train[2:]" else 9
+
+        def to_parquet(path):
+            written.append(split)
+            pq.write_table(pa.Table.from_pylist(whole[start:]), path)
+
+        return types.SimpleNamespace(cache_files=[{"filename": str(file)}], to_parquet=to_parquet)
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    for _ in range(2):  # written once
+        assert [row for _, row in read_rows("open-r1/Raw@train[2:]")] == whole[2:]
+        expected = [("train[90%:].parquet row 1", whole[9])]
+        assert list(read_rows("open-r1/Raw@train[90%:]")) == expected
+    assert written == ["train[2:]", "train[90%:]"]
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_hub_names_without_datasets_or_network(monkeypatch):
