@@ -14,7 +14,7 @@ from redi.config import TrainConfig
 from redi.data.tokenize import Tokenized, Trace
 from redi.distributed import Ranks
 from redi.errors import RediError
-from redi.files import write_text
+from redi.files import digest_file, write_text
 
 RESULT = "train_result.json"
 # Free to differ before and after an interruption: what changes at most rounding, and paths, since
@@ -61,9 +61,13 @@ def check_same(where: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> No
     if not differ:
         return
     key = differ[0]
-    what = {"tokens": "the data or its tokenization", "start": "the starting model"}.get(
-        key, f"{key} ({saved.get(key)} there, {wanted.get(key)} now)"
-    )
+    there, now = saved.get(key), wanted[key]
+    if key == "tokens":
+        what = "the data or its tokenization"
+    elif key == "start":
+        what = f"the starting model{_differing_files(there, now)}"
+    else:
+        what = f"{key} ({there} there, {now} now)"
     raise RediError(
         f"{where}: belongs to a run that differs in {what}; "
         "choose another output_dir, or remove that folder to start anew"
@@ -100,14 +104,20 @@ def read_result(output_dir: Path, identity: dict[str, Any]) -> TrainResult | Non
     return TrainResult(output_dir, **content)
 
 
-def _starting_model(config: TrainConfig) -> str:
-    """Of a local folder: the identity of the run that made it, else its files' names and sizes."""
+def _starting_model(config: TrainConfig) -> str | dict[str, str]:
+    """Of a local folder: the sha256 of each file that decides what the model computes."""
     folder = Path(config.model_name_or_path or "")
     if config.model_name_or_path is None or not folder.is_dir():
         return str(config.model_name_or_path)
-    result = folder / RESULT
-    if result.exists():
-        made_by = json.loads(result.read_text())["identity"]
-    else:
-        made_by = sorted((f.name, f.stat().st_size) for f in folder.iterdir() if f.is_file())
-    return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
+    files = [folder / "config.json", *folder.glob("*.safetensors")]
+    # DPO keeps its reference beside the model (redi/reference.py); no part of it.
+    files = [f for f in files if f.is_file() and not f.name.startswith("reference-")]
+    return {file.name: digest_file(file) for file in sorted(files)}
+
+
+def _differing_files(there: Any, now: Any) -> str:
+    if not isinstance(now, dict):
+        return ""
+    if not isinstance(there, dict):
+        return ", or is of an older version of redi, which did not compare what its files hold"
+    return f" ({', '.join(n for n in sorted(there | now) if there.get(n) != now.get(n))})"
