@@ -169,7 +169,7 @@ def _check_longest(config: TrainConfig, model: PackedLM, examples: Sequence[Any]
     if positions is not None and longest > positions:
         raise RediError(
             f"{config.dataset_name}: {longest} tokens in a trace, {positions} positions in the "
-            "model; lower max_length, or set max_position_embeddings (and rope_theta) as the paper does"
+            "model; lower max_length, or set max_position_embeddings (and rope_theta)"
         )
 
 
