@@ -17,7 +17,9 @@ MAX_CHARS = 4000  # of an answer, or of the end of a text that marks none; longe
 _MEMORY_LIMIT = 4 << 30  # bytes a worker may map: 9^9^9^9 must not take the machine down
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.S)  # \{ is no brace
-_LAST_LINE = re.compile(r"(?:^|\n)[ *]*(?:final )?a(?:nswer)?[ *]*:[ *]*([^\n]+)\s*\Z", re.I)
+_HASHES = re.compile(r".*(?<!#)####(?!#)")
+_ANSWER = re.compile(r"[ *#]*(?:final )?answer[ *]*:", re.I)
+_LONE_A = re.compile(r"[ *]*A[ *]*:(?![a-zA-Z]|.*:)")  # A:B=2:3 is a ratio, A: 1, B: 2 a list
 _NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?:\.[0-9]*)?")
 _NOISE = str.maketrans("", "", " \t\n$")
 _SPACE = re.compile(r"\\[ ,;:!]|\s(?!\s*\d)|(?<!\d)\s|[$~]|\.$")  # none between digits
@@ -26,16 +28,22 @@ _DIGITS_APART = re.compile(r"(?<=\d)\s+(?=\d)")  # 3 5/8 is not 35/8
 
 
 def extract_answer(text: str) -> str | None:
-    """The final answer that `text` marks: the last \\boxed{}, else the line after the last ####,
-    else a last line "Answer: ..." (or "A: ..."); None if it marks none."""
+    """The final answer that `text` marks: the last \\boxed{}, else, on the last line, what stands
+    after #### or "Answer:" (or "A:", below other lines); None if it marks none, or if the last box
+    does not close."""
     box = _last_box(text)
     if box is not None:
         return text[box[1] : box[2] - 1].strip()
-    _, mark, after = text.rpartition("####")
-    if mark:
-        return after.strip().partition("\n")[0].strip() or None
-    last_line = _LAST_LINE.search(text[-MAX_CHARS:])
-    return last_line[1].strip() if last_line else None
+    if _BOX.search(text):
+        return None
+    above, _, line = text.strip().rpartition("\n")
+    mark = _HASHES.match(line)  # higher up it is a heading of markdown
+    line = line[mark.end() :] if mark else line
+    label = _ANSWER.match(line) or (_LONE_A.match(line) if above else None)
+    if not (mark or label):
+        return None
+    line = line[label.end() :] if label else line
+    return line.strip().lstrip("* ").removesuffix("**").rstrip() or None
 
 
 def quick_verdict(given: str, expected: str) -> Verdict | None:
@@ -60,12 +68,15 @@ def quick_verdict(given: str, expected: str) -> Verdict | None:
     return "correct" if x == y or is_rounded else "wrong"
 
 
-def excerpt(text: str, answer: str | None) -> str:
-    """What math-verify needs to see of `text`, whose `extract_answer` is `answer`."""
+def excerpt(text: str, answer: str | None) -> str | None:
+    """What math-verify needs to see of `text`, whose `extract_answer` is `answer`; None if nothing,
+    as where the last box does not close: an earlier one is not the final answer."""
     box = _last_box(text)
     if box is not None:  # with what stands before it, for answers like \boxed{2} and \boxed{3}
         return text[max(box[0] - 200, 0) : box[2]]
-    return text[-MAX_CHARS:] if answer is None else f"\\boxed{{{answer}}}"
+    if answer is not None:
+        return f"\\boxed{{{answer}}}"
+    return None if _BOX.search(text) or not text.strip() else text[-MAX_CHARS:]
 
 
 def judge(text: str, answer: str) -> Verdict:

@@ -35,7 +35,7 @@ def final_answer(text: str) -> str | None:
     r"""The last \boxed{} between the first `</think>` and the next one, if any."""
     _, mark, after = text.partition("</think>")
     answer = after.partition("</think>")[0]
-    return extract_answer(answer) if mark and re.search(r"\\(?:boxed|fbox)", answer) else None
+    return extract_answer(answer) if mark and re.search(r"\\(?:boxed|fbox)\s*\{", answer) else None
 
 
 def judge(given: str, expected: str) -> Verdict:

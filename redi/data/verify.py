@@ -127,7 +127,7 @@ class Verifier:
             quick = None if given is None else quick_verdict(given, expected)
             if quick:
                 return quick
-            part = excerpt(text, given) if text.strip() else None
+            part = excerpt(text, given)
         if part is None or not expected or max(len(given or ""), len(expected)) > MAX_CHARS:
             return "unparsable"
         return part, expected

@@ -112,6 +112,8 @@ def test_hostile_texts_end_and_are_not_correct(names):
         (r"\boxed{4}", None),
         (r"\boxed{4}</think>It is 4.", None),
         ("</think>#### 4", None),
+        (r"</think>\boxed{4} or \boxed{5", None),
+        ("</think>\\boxed 5\n#### 4", None),
     ],
 )
 def test_rllm_reads_a_box_after_the_thinking(text, answer):

@@ -32,12 +32,46 @@ from redi.errors import RediError
         ("A: 18\nAnd so on", None),
         (r"cut off \boxed{12", None),
         ("####", None),
+        ("####72", "72"),
+        ("#### **72**", "72"),
+        ("#### 72\nDone.", None),
+        ("#### Step 1: Add\n2+2=4.", None),
+        ("##### 72", None),  # a heading
+        ("#### Final Answer: 4", "4"),
+        ("**Final answer: 18**", "18"),
+        ("a:b=2:3", None),  # a ratio
+        ("So the ratio is\nA:B=2", None),
+        ("So\nA: 1, B: 2", None),
+        ("So\nA:18", "18"),
+        ("A: 18", None),  # the whole text: a choice with its content?
+        ("A: 1, B: 2", None),
+        (r"maybe \boxed{4}, no: \boxed{5", None),
+        (r"\boxed{4} #### \boxed{5", None),
         ("It is 5.", None),
         ("", None),
     ],
 )
 def test_extract_answer(text, answer):
     assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize("text", ["Answer:" + " " * 3900 + "\nx", "A:" + " *" * 30_000 + ":"])
+def test_no_text_takes_long_to_extract_from(text):
+    start = time.process_time()
+    extract_answer(text)
+    assert time.process_time() - start < 0.1  # here no process is there to be killed
+
+
+@pytest.mark.parametrize("answer", ["a:b=2:3", "a: b: c=3: 4: 5", "A: 1, B: 2", "A: 5"])
+def test_an_expected_answer_keeps_its_letters(monkeypatch, answer):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert verify([rf"\boxed{{{answer}}}"], [answer]) == ["correct"]
+
+
+@pytest.mark.parametrize("answer", [r"so \boxed{5}", "so\n#### 5", "Answer: 5", "so\nA: 5"])
+def test_an_expected_answer_may_be_a_whole_solution(monkeypatch, answer):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert verify([r"\boxed{5}", r"\boxed{6}"], [answer] * 2) == ["correct", "wrong"]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +130,11 @@ def test_verify_with_math_verify():
         (r"\boxed{Tuesday}", "Monday", "wrong"),
         (r"\boxed{\frac13}", "$0.5$", "wrong"),
         ("It is 5", "5", "correct"),
+        ("#### Step 1: Add\n2+2=4.\n\nThe answer is $4$.", "4", "correct"),
+        ("#### Step 1: Add\n2+2=5.\n\nThe answer is $5$.", "4", "wrong"),
+        ("#### Final Answer\n\n**4**", "4", "correct"),
+        (r"<think>maybe \boxed{4}</think> The answer is \boxed{5", "4", "unparsable"),
+        (r"<think>maybe \boxed{4}</think> The answer is \boxed{4", "4", "unparsable"),
         ("I give up.", "5", "unparsable"),
         ("", "5", "unparsable"),
         (r"\boxed{5}", "", "unparsable"),
