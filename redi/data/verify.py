@@ -86,7 +86,7 @@ class Verifier:
     def __exit__(self, *_: object) -> None:
         self._is_closed = True
         for wait in (False, True):  # a thread may start one more worker while it is told to end
-            for worker in self._started:
+            for worker in [*self._started]:
                 worker.kill()
             self._pool.shutdown(wait, cancel_futures=True)
         for worker in self._started:
@@ -138,7 +138,11 @@ class Verifier:
             for _ in range(2):
                 if self._is_closed:
                     break
-                if worker is None or not worker.is_alive():
+                if worker is not None and not worker.is_alive():
+                    self._started.remove(worker)
+                    worker.close()
+                    worker = None
+                if worker is None:
                     worker = _Worker(self.timeout, self.grader)
                     self._started.append(worker)
                 verdict = worker.ask(question)

@@ -202,11 +202,17 @@ def hostile(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
-def test_bad_workers_lose_only_their_own_item(hostile, num_workers):
+def test_bad_workers_lose_only_their_own_item(hostile, num_workers, monkeypatch):
     answers = ["a", "die once", "b", "hang", "die twice", "c", "noise", "d"]
+    processes, start = [], verify_module._Worker.__init__
+
+    def noted(worker, *args):
+        start(worker, *args)
+        processes.append(worker._process)
+
+    monkeypatch.setattr(verify_module._Worker, "__init__", noted)
     with Verifier(num_workers=num_workers, timeout=1.0) as verifier:
         verdicts = verifier.verify(["x"] * len(answers), answers)
-        processes = [worker._process for worker in verifier._started]
     assert dict(zip(answers, verdicts, strict=True)) == {
         "a": "wrong",
         "die once": "wrong",
@@ -235,6 +241,17 @@ def test_workers_live_from_call_to_call(hostile):
         for answer in "abc":
             assert verifier.verify(["x"], [answer]) == ["wrong"]
         assert len(verifier._started) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc")
+def test_dead_workers_leave_no_descriptors_open(hostile):
+    counts = []
+    with Verifier(num_workers=1) as verifier:
+        for i in range(20):
+            assert verifier.verify(["x"], [f"answer {i}"]) == ["wrong"]
+            counts.append(len(os.listdir("/proc/self/fd")))
+            verifier._started[-1].kill()
+    assert set(counts) == {counts[0]}
 
 
 def test_worker_of_a_killed_parent_ends_by_itself(hostile):
