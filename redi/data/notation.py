@@ -19,8 +19,10 @@ _SYMBOLS = {
     **dict.fromkeys("\u00a0\u2009\u202f", " "),
 }
 _TRANSLATION = str.maketrans(_SYMBOLS)
-_REPEATING = re.compile(r"(\d+)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))")
-_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})(?!\s*\\(?:mathrm|text))")
+_REPEATING = re.compile(r"(?<!\d)(\d+)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))")
+_DEGREES = re.compile(
+    r"(?<!\d)(\d+(?:\.\d+)?)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})(?!\s*\\(?:mathrm|text))"
+)
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)\b")
 _RULES: list[tuple[re.Pattern, Any]] = [
     (re.compile(pattern), replacement)
@@ -29,7 +31,7 @@ _RULES: list[tuple[re.Pattern, Any]] = [
         (r"√\s*(\d+|[a-zA-Z])", r"\\sqrt{\1}"),
         (r"(?<=\d)(?:\\[,;:! ]|~| )(?=\d{3}(?!\d))", ""),  # 10\,000
         (r"(?<![\d.^_{/])(\d+) +(\d+)/(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),  # 3 5/8
-        (r"(?<![\w.\\}])(\d+\.?\d*|\.\d+)[eE]([-+]?\d+)(?![\w.])", r"\1 \\times 10^{\2}"),
+        (r"(?<![\w.\\}])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d+)(?![\w.])", r"\1 \\times 10^{\2}"),
         (r"\\[dtc]frac(?![a-z])", r"\\frac"),
         (r"\\(?:left|right)(?=[\\()\[\]|])", ""),
         (r"\\log_\s*(?:e|\{e\})(?![a-z])", r"\\ln "),
@@ -40,17 +42,17 @@ _RULES: list[tuple[re.Pattern, Any]] = [
         (r"\\(?:text)?color\s*\{\w+\}|\\underline(?=\{)|\\(?:blacksquare|square)(?![a-zA-Z])", ""),
     ]
 ]
-_RELATION = r"\s*(>|\\geq?(?:slant)?(?![a-z]))\s*"
-_FALLING = re.compile(rf"([^<>=]+?){_RELATION}([^<>=]+?){_RELATION}([^<>=]+)")
+_FALLS = re.compile(r"(>|\\geq?(?:slant)?(?![a-z]))")
 _RATIO = re.compile(r"\d+(?:\s*:\s*\d+){2,}")
 _BASE = re.compile(r"(\d[0-9A-Z]*)_\{?(\d{1,2})\}?")
 _LETTER = re.compile(r"\(?([A-Z])\)?")
 _CHOICE = re.compile(r"\(([A-Z])\)|([A-Z])[.:)]")
+_NEXT_CHOICE = re.compile(rf"(?:[,;&/)]|\b(?:and|or)\b|\\quad)[\s\\~]*(?:{_CHOICE.pattern})")
 _COLUMN = re.compile(r"\\begin\{([pb]?)matrix\}([^&]+)\\end\{\1matrix\}")
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{")
 _UNIT = re.compile(
     r"(?P<number>.*[\d}])(?:\\?[ ,~]|\\quad)*(?:\\(?:text|mathrm|mbox)\s*\{\s*)?(?P<name>[a-z]+)\.?"
-    r"\s*(?:\^\{?(?P<inner>[23])\}?)?\s*\}?\s*(?:\^\{?(?P<outer>[23])\}?)?",
+    r"\s*(?:\^\{?(?P<inner>[23])\}?\s*)?(?:\}\s*)?(?:\^\{?(?P<outer>[23])\}?)?",
     re.S,
 )
 # Name to (dimension, size). Ounces, degrees of temperature and the like are not converted.
@@ -83,8 +85,8 @@ def align(given: str, expected: str) -> tuple[str, str] | None:
     given, expected = (_standard(text.strip().rstrip("\\ ")) for text in (given, expected))
     letter = _LETTER.fullmatch(unwrap(expected))
     if letter:
-        choice = _CHOICE.match(unwrap(given))
-        return (choice[1] or choice[2] if choice else given), letter[1]
+        named = _choices(unwrap(given))
+        return None if len(named) > 1 else (min(named, default=given), letter[1])
     if (r"\pi" in given) != (r"\pi" in expected):
         given, expected = (_DEGREES.sub(r"\\frac{\1\\pi}{180}", x) for x in (given, expected))
     bases = [_BASE.fullmatch(text) for text in (given, expected)]
@@ -101,11 +103,20 @@ def unwrap(text: str) -> str:
     return _WRAPPED.sub("", text).replace("}", "") if _WRAPPED.search(text) else text
 
 
+def _choices(text: str) -> set[str]:
+    """The letters named by an answer that begins with a choice, all in the manner of the first."""
+    first = _CHOICE.match(text)
+    if not first:
+        return set()
+    manner = 1 if first[1] else 2
+    return {first[manner], *(m[manner] for m in _NEXT_CHOICE.finditer(text) if m[manner])}
+
+
 def _standard(text: str) -> str:
     """A falling chain as a rising one, a ratio of three or more in lowest terms as a tuple."""
-    falling = _FALLING.fullmatch(text)
-    if falling:
-        a, first, b, second, c = falling.groups()
+    chain = [part.strip() for part in _FALLS.split(text)]
+    if len(chain) == 5 and all(chain) and not re.search("[<=]", text):
+        a, first, b, second, c = chain
         first, second = ("<" if sign == ">" else r"\le" for sign in (first, second))
         return f"{c} {second} {b} {first} {a}"
     if _RATIO.fullmatch(text):

@@ -8,6 +8,7 @@ import pytest
 
 from redi.data import rllm
 from redi.data.judge import judge
+from redi.data.notation import align, rewrite
 from redi.data.rllm import final_answer
 from redi.data.rllm import judge as rllm_judge
 from redi.data.verify import verify
@@ -45,6 +46,25 @@ def test_known_failures_are_few_and_never_call_a_wrong_answer_correct():
     known = [row for row in ROWS if row[4] == "known"]
     assert len(known) <= 7
     assert {row[3] for row in known} == {"correct"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"a\ge " * 700 + "<",
+        "1a" + " " * 3900 + "!",
+        "1" * 3900 + "x",
+        "a" + " " * 3900 + "b",
+        "(A)" + "," * 3900 + "(B",
+        "(A) and" + " " * 3900,
+        r"(A)\quad" * 500,
+    ],
+)
+@pytest.mark.parametrize("expected", ["A", "5 m", "a > b > c"])
+def test_notation_takes_no_long(text, expected):
+    start = time.process_time()
+    align(rewrite(text), rewrite(expected))
+    assert time.process_time() - start < 0.2
 
 
 @pytest.mark.parametrize("shown", ["The value is ${}$.", "First $x=3$, then\n\n$${}$$", "{}"])
