@@ -2,6 +2,7 @@
 answers are the same one."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from redi.config import EvalConfig
 from redi.data.read import Prompt, answer_of, problem_of, read_rows
 from redi.errors import RediError
 from redi.files import write_text
+
+_VALUE = re.compile(r"\$([^$\n]+)\$|-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?:/[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -73,21 +76,37 @@ def grade(rows: list[dict[str, Any]], questions: list[Question], verifier: Any) 
 
 def vote(config: EvalConfig, generations: Path, file: Path) -> None:
     """Writes, for each problem, the group of each sample: 0 for correct ones, another number for
-    each wrong answer that the grader finds equal, -1 for no answer."""
-    from redi.data.judge import extract_answer
+    each wrong answer that the grader finds equal, -1 for no answer.
+
+    Where a text marks no answer, the grader looks for one; we guess which it saw and ask it. A
+    wrong sample of which we cannot tell has a group of its own."""
+    from redi.data.judge import MAX_CHARS, extract_answer
     from redi.data.rllm import final_answer
 
     find, mark = (final_answer, "</think>") if config.grader == "rllm" else (extract_answer, "")
     groups: dict[int, dict[int, int]] = {}
-    wrong: dict[int, dict[str, list[int]]] = {}  # of each problem, the samples of each text
+    wrong: dict[int, dict[str, list[int]]] = {}  # of each problem, the samples of each answer
+    unmarked: list[tuple[int, int, str]] = []  # problem, sample, end of the text
     for row in map(json.loads, generations.open(encoding="utf-8")):
         problem, sample = row["problem"], row["sample"]
         groups.setdefault(problem, {})[sample] = 0 if row["verdict"] == "correct" else -1
-        answer = find(row["text"]) if row["finished"] and row["verdict"] == "wrong" else None
+        if not (row["finished"] and row["verdict"] == "wrong"):
+            continue
+        answer = find(row["text"])
         if answer:
             wrong.setdefault(problem, {}).setdefault(answer, []).append(sample)
+        elif answer is None:
+            unmarked.append((problem, sample, row["text"][-MAX_CHARS:]))
     number = 0
     with make_verifier(config) as verifier:
+        guesses = [_guess(text) for *_, text in unmarked]
+        seen = verifier.verify([text for *_, text in unmarked], guesses)
+        for (problem, sample, _), guess, verdict in zip(unmarked, guesses, seen, strict=True):
+            if verdict == "correct":
+                wrong.setdefault(problem, {}).setdefault(guess, []).append(sample)
+            else:
+                number += 1
+                groups[problem][sample] = number
         while wrong:  # each turn closes one group of every problem that has answers left
             number += 1
             firsts = {
@@ -108,3 +127,12 @@ def vote(config: EvalConfig, generations: Path, file: Path) -> None:
         for problem in sorted(groups)
     ]
     write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _guess(text: str) -> str:
+    """The number or formula that a text seems to give as its answer: the first one after the last
+    "answer is", else the last one; "" if there is none."""
+    start = text.lower().rfind("answer is")
+    found = [_VALUE.search(text, start)] if start >= 0 else [*_VALUE.finditer(text)]
+    last = found[-1] if found else None
+    return (last[1] or last[0]) if last else ""

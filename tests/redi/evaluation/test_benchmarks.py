@@ -11,7 +11,7 @@ from redi.config import EvalConfig
 from redi.errors import RediError
 from redi.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from redi.evaluation.evaluate import evaluate, evaluate_benchmarks
-from redi.evaluation.grading import read_questions
+from redi.evaluation.grading import Question, grade, make_verifier, read_questions, vote
 from redi.evaluation.published import PUBLISHED, SETS
 
 
@@ -137,6 +137,30 @@ def test_votes_are_by_the_graders_equality(model, tmp_path, monkeypatch):
     assert votes == [[0, 1, 1, 2, 1], [0, 0, 1, 1, -1], [-1, -1, -1, 0, -1], [-1] * 5]
     assert result.majority_at(5) == pytest.approx((0 + 0.5 + 1 + 0) / 4)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["majority@4"] is not None
+
+
+def test_answers_that_nothing_marks_vote_too(tmp_path):
+    said = [
+        "The answer is 4.",  # right
+        "So we conclude that the answer is 5.",
+        "That is $5.0$.",
+        r"\boxed{5}",
+        "The answer is 1/2 of it.",
+        "The answer is 5, or 10/2, which is all that can be said about it 7 times.",
+        "It is 4, cut off",
+        "The answer is {5, 6}.",  # not read as the grader reads it
+    ]
+    rows = [
+        {"problem": 0, "sample": i, "text": text, "finished": i != 6, "verdict": "wrong"}
+        for i, text in enumerate(said)
+    ]
+    config = EvalConfig(dataset_name="t.jsonl", num_workers=1)
+    with make_verifier(config) as verifier:
+        grade(rows, [Question("q", "2+2", "4")], verifier)
+    assert [row["verdict"] for row in rows] == ["correct", *["wrong"] * 7]
+    vote(config, write_jsonl(tmp_path / "generations.jsonl", rows), tmp_path / "votes.jsonl")
+    [row] = map(json.loads, (tmp_path / "votes.jsonl").open())
+    assert row["groups"] == [0, 2, 2, 2, 3, 2, -1, 1]
 
 
 def test_the_prefix_reaches_the_model_and_the_grader(model, tmp_path, monkeypatch):
