@@ -29,11 +29,12 @@ from redi.data.pool import WorkerDied, run_all
 from redi.data.report import BuildReport
 from redi.data.table import Part, merge
 from redi.data.tokenize import digest_tokenizer
-from redi.data.verify import Verifier, num_cores
+from redi.data.verify import Verifier, grading_rules, num_cores
 from redi.errors import RediError, VerifierFailed
 from redi.files import claim, digest_file, publish, write_text
 
-FORMAT = 2  # of the parts; also to be raised when a rule changes, so that old ones are not used
+FORMAT = 2  # of the parts; also to be raised when a rule other than a grader's changes
+TACIT = "tokenizer, template, or version of redi or math-verify"  # only the fingerprint has them
 OUTPUTS = ("positives.parquet", "pairs.parquet", "report.txt", "report.json")
 
 Inputs = list[tuple[Path, str]]  # files with their names
@@ -227,6 +228,7 @@ def _describe(config: DataConfig, inputs: Inputs, tokenizer: Any) -> BuildReport
     ]
     depends = {
         "format": FORMAT,
+        "rules": grading_rules(),
         "files": report.files,
         "evaluation": digests[len(inputs) :],
         "tokenizer": None if tokenizer is None else digest_tokenizer(tokenizer),
@@ -252,7 +254,7 @@ def _finished(folder: Path, wanted: BuildReport) -> BuildReport | None:
     if found.get("files") != wanted.files:
         differ = ["input files", *differ]
     raise RediError(
-        f"{folder}: holds data built from other {', '.join(differ) or 'tokenizer or template'}; "
+        f"{folder}: holds data built from other {', '.join(differ) or TACIT}; "
         "choose another output_dir, or remove that folder"
     )
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 Verdict = Literal["correct", "wrong", "unparsable", "timeout"]
 Grader = Literal["math_verify", "rllm"]
 
+RULES = 1  # to be raised when a verdict or a vote may change: what older rules graded is not kept
 MAX_CHARS = 4000  # of an answer, or of the end of a text that marks none; longer is no answer
 _MEMORY_LIMIT = 4 << 30  # bytes a worker may map: 9^9^9^9 must not take the machine down
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")

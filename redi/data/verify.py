@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
@@ -23,6 +24,7 @@ from typing import get_args
 
 from redi.data.judge import (
     MAX_CHARS,
+    RULES,
     Grader,
     Verdict,
     excerpt,
@@ -32,7 +34,7 @@ from redi.data.judge import (
 from redi.data.rllm import final_answer
 from redi.errors import RediError, VerifierFailed
 
-__all__ = ["Verdict", "Verifier", "extract_answer", "verify"]
+__all__ = ["Verdict", "Verifier", "extract_answer", "grading_rules", "verify"]
 
 WORKER = Path(__file__).with_name("judge.py")
 _PATIENCE = 10  # a worker may wait this many times its computing time for a core
@@ -211,6 +213,14 @@ class _Worker:
             return self._process.stdout.readline().rstrip("\n")
         finally:
             timer.cancel()
+
+
+def grading_rules() -> str:
+    """Which rules verdicts are by now: ours and math-verify's, for fingerprints."""
+    try:
+        return f"{RULES}, math-verify {metadata.version('math-verify')}"
+    except metadata.PackageNotFoundError:
+        return f"{RULES}, no math-verify"
 
 
 def num_cores() -> int:

@@ -1,6 +1,6 @@
 """`redi eval`: sample answers to held-out problems, grade them, say how sure the numbers are.
 
-    output_dir/evaluation.json    what is evaluated: settings and fingerprint
+    output_dir/evaluation.json    what is evaluated: settings, fingerprint and rules of grading
     output_dir/generations.jsonl  every sample with its verdict, appended batch by batch
     output_dir/votes.jsonl        which samples of a problem give the same answer
     output_dir/pairs.jsonl        log-probs of held-out right and wrong traces (pairs_name)
@@ -27,9 +27,17 @@ import numpy as np
 
 from redi.config import EvalConfig
 from redi.data.read import Example, Prompt, make_prompt, read_examples
+from redi.data.verify import grading_rules
 from redi.errors import RediError
 from redi.evaluation.benchmarks import BENCHMARKS, find_benchmark
-from redi.evaluation.grading import Question, grade, make_verifier, read_questions, vote
+from redi.evaluation.grading import (
+    Question,
+    grade,
+    grade_again,
+    make_verifier,
+    read_questions,
+    vote,
+)
 from redi.evaluation.results import EvalResult, load_result, read_result
 from redi.files import write_text
 
@@ -85,8 +93,9 @@ def evaluate(
 ) -> EvalResult:
     """Evaluates one model, going on where an earlier call with the same settings stopped.
 
-    A finished evaluation of the same model files, data and settings is only read. Samples of
-    another one are refused, or with `replace` removed. Computes in float32 on a CPU, bfloat16 on
+    A finished evaluation of the same model files, data and settings is only read; samples that
+    other rules graded are graded again, not made again. Samples of another evaluation are refused,
+    or with `replace` removed. Computes in float32 on a CPU, bfloat16 on
     CUDA. Raises RediError for bad data, a folder without a model or tokenizer, problems longer than
     the model's context, a full disk, and a full memory.
     """
@@ -96,26 +105,31 @@ def evaluate(
     questions = read_questions(config)
     pairs = read_examples(config.pairs_name) if config.pairs_name is not None else []
     fingerprint = _fingerprint(name, config, questions, pairs)
-    if _read_json(folder / "metrics.json").get("fingerprint") == fingerprint:
+    finished = _read_json(folder / "metrics.json")
+    mark = {"fingerprint": fingerprint, "rules": grading_rules()}
+    if mark.items() <= finished.items():
         return load_result(folder)
-    identity = {"fingerprint": fingerprint, "model": name, "config": config.model_dump()}
+    identity = {**mark, "model": name, "config": config.model_dump()}
+    start = lambda: _start(folder, identity, questions, config)
     generations = folder / "generations.jsonl"
     if not replace and generations.exists() and generations.stat().st_size:
         _check_same(folder, identity)
     try:
-        if config.engine == "openai":
-            _start(folder, identity)
+        if finished.get("fingerprint") == fingerprint:
+            start()
+        elif config.engine == "openai":
+            start()
             _sample_served(name, questions, config, generations)
         else:
             lm, tokenizer = _load(name)
-            _start(folder, identity)
+            start()
             _sample(lm, tokenizer, questions, config, generations)
             if pairs:
                 _score_pairs(lm, tokenizer, pairs, config, folder / "pairs.jsonl")
         if config.num_samples > 2:
             vote(config, generations, folder / "votes.jsonl")
         result = read_result(folder, name)
-        _write_json(folder / "metrics.json", {**result.metrics(), "fingerprint": fingerprint})
+        _write_json(folder / "metrics.json", {**result.metrics(), **mark})
     except OSError as error:
         raise RediError(
             f"{folder}: cannot be written: {error}; put it right and run again"
@@ -380,20 +394,31 @@ def _check_same(folder: Path, identity: dict[str, Any]) -> None:
         for key, value in wanted.items()
         if key not in SPEED_FIELDS and saved.get(key) != value
     ]
-    what = ", ".join(differ) or "the model's files, the problems or the grader's rules"
+    what = ", ".join(differ) or "the model's files or the problems"
     raise RediError(
         f"{folder}: holds the samples of an evaluation that differs in {what}; "
         "choose another output_dir, or remove that folder to start anew"
     )
 
 
-def _start(folder: Path, identity: dict[str, Any]) -> None:
-    """Makes `folder` the place of this evaluation; what another one left there is removed."""
+def _start(
+    folder: Path, identity: dict[str, Any], questions: list[Question], config: EvalConfig
+) -> None:
+    """Makes `folder` the place of this evaluation; what another one left there is removed, and
+    samples of this one that other rules graded are graded again."""
     folder.mkdir(parents=True, exist_ok=True)
+    found = _read_json(folder / "evaluation.json") or _read_json(folder / "metrics.json")
+    generations = folder / "generations.jsonl"
+    is_same = found.get("fingerprint") == identity["fingerprint"]
+    is_graded = found.get("rules") == identity["rules"]
+    if is_same and not is_graded and (kept := len(_keep_whole_lines(generations))):
+        print(f"{folder}: {kept} samples graded by other rules, graded again", file=sys.stderr)
+        grade_again(generations, questions, config)
     (folder / "metrics.json").unlink(missing_ok=True)
-    if _read_json(folder / "evaluation.json").get("fingerprint") != identity["fingerprint"]:
+    if not is_same:
         for name in ("generations.jsonl", "votes.jsonl", "pairs.jsonl"):
             (folder / name).unlink(missing_ok=True)
+    if not (is_same and is_graded):
         _write_json(folder / "evaluation.json", identity)
 
 

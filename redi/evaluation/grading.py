@@ -74,6 +74,14 @@ def grade(rows: list[dict[str, Any]], questions: list[Question], verifier: Any) 
                 row["verdict"] = verdict
 
 
+def grade_again(generations: Path, questions: list[Question], config: EvalConfig) -> None:
+    """Puts today's verdicts in place of those in `generations`."""
+    rows = [json.loads(line) for line in generations.open(encoding="utf-8")]
+    with make_verifier(config) as verifier:
+        grade(rows, questions, verifier)
+    write_text(generations, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+
+
 def vote(config: EvalConfig, generations: Path, file: Path) -> None:
     """Writes, for each problem, the group of each sample: 0 for correct ones, another number for
     each wrong answer that the grader finds equal, -1 for no answer.

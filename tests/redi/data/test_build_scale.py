@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from builds import OUTPUTS, outputs, raw, run, texts, write
 from chat_formats import chatml, llama3
 
+import redi.data.verify
 from redi.config import DataConfig
 from redi.data import files
 from redi.data.build import build
@@ -45,6 +47,7 @@ def test_same_bytes_whatever_the_workers_and_blocks(tmp_path, monkeypatch, shuff
 
 KILLED = """
 import os, sys
+import redi.data.verify
 from redi.config import DataConfig
 from redi.data import build, files
 files.BLOCK_BYTES = 1000
@@ -125,14 +128,26 @@ def test_a_build_that_is_there_is_only_read(tmp_path, monkeypatch):
     assert run(tmp_path, rows, chatml(), anew=False, num_workers=2) == report
 
 
+TACIT = "other tokenizer, template, or version of redi or math-verify; choose"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"rows": [raw(["####2", "####4"])]}, "other input files; choose"),
         ({"judges": "any"}, "other judges; choose"),
-        ({"tokenizer": None}, "other tokenizer or template; choose"),
-        ({"tokenizer": llama3()}, "other tokenizer or template; choose"),
-        ({"tokenizer": "template"}, "other tokenizer or template; choose"),
+        (
+            {"tokenizer": None},
+            TACIT,
+        ),
+        (
+            {"tokenizer": llama3()},
+            TACIT,
+        ),
+        (
+            {"tokenizer": "template"},
+            TACIT,
+        ),
         ({"decontaminate": True}, "other decontaminate; choose"),
     ],
 )
@@ -149,6 +164,17 @@ def test_another_build_is_not_overwritten(tmp_path, change, message):
     with pytest.raises(RediError, match=f"out: holds data built from {message} another output_dir"):
         run(tmp_path, **(start | change), anew=False)
     assert outputs(tmp_path / "out") == before
+
+
+def test_data_judged_by_other_rules_is_another_build(tmp_path, monkeypatch):
+    rows = [raw(["####2", "####3"])]
+    run(tmp_path, rows)
+    for name, changed in (("RULES", -1), ("metadata", SimpleNamespace(version=lambda name: "0"))):
+        with monkeypatch.context() as other:
+            other.setattr(redi.data.verify, name, changed)
+            with pytest.raises(RediError, match=TACIT):
+                run(tmp_path, rows, anew=False)
+    run(tmp_path, rows, anew=False)
 
 
 def test_a_changed_evaluation_set_is_another_build(tmp_path):

@@ -236,6 +236,36 @@ def test_a_folder_without_samples_is_free(model, config, tmp_path, no_algebra, c
     assert len(evaluate(model, changed(config, seed=1), tmp_path / "out").problem_ids) == 7
 
 
+@pytest.mark.parametrize("batches_done", [2, 4])
+def test_samples_graded_by_older_rules_are_graded_again_not_made_again(
+    model, config, tmp_path, no_algebra, calls, monkeypatch, capsys, batches_done
+):
+    evaluate(model, config, tmp_path / "whole")
+    with monkeypatch.context() as older:
+        older.setattr(redi.evaluation.evaluate, "grading_rules", lambda: "older")
+        older.setattr(redi.data.verify.Verifier, "verify", lambda self, t, a: ["wrong"] * len(t))
+        calls.count, calls.limit = 0, batches_done
+        if batches_done < 4:
+            with pytest.raises(KeyboardInterrupt):
+                evaluate(model, config, tmp_path / "old")
+        else:
+            assert evaluate(model, config, tmp_path / "old").pass_at_1 == 0
+        assert {row["verdict"] for row in read(tmp_path / "old")} == {"wrong"}
+        with (tmp_path / "old" / "generations.jsonl").open("a") as file:
+            file.write('{"torn')
+    calls.count, calls.limit = 0, 1000
+    if batches_done == 4:
+        monkeypatch.setattr(redi.evaluation.evaluate, "_load", None)  # no need of the model
+    result = evaluate(model, config, tmp_path / "old")
+    assert calls.count == 4 - batches_done
+    assert result.pass_at_1 > 0
+    assert_same_files(tmp_path / "whole", tmp_path / "old")
+    assert read(tmp_path / "whole", "votes.jsonl") == read(tmp_path / "old", "votes.jsonl")
+    assert "graded again" in capsys.readouterr().err
+    evaluate(model, config, tmp_path / "old")
+    assert "graded again" not in capsys.readouterr().err
+
+
 def test_held_out_pairs_are_scored_as_the_models_own_logits_say(
     model, config, tmp_path, no_algebra
 ):
