@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from redi.errors import RediError
@@ -41,6 +41,7 @@ def claim(folder: Path, who: str) -> Iterator[None]:
     Raises RediError where another process has claimed it, OSError where it cannot be written. (On a
     file system without locks nobody is kept out.)
     """
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"no permission to write into {folder}")
@@ -55,6 +56,9 @@ def claim(folder: Path, who: str) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+        if is_new:
+            with suppress(OSError):  # not empty: something was done
+                folder.rmdir()
 
 
 def digest_file(file: Path) -> str:

@@ -198,8 +198,8 @@ def test_finished_is_only_read(model, config, tmp_path, monkeypatch, no_algebra)
             {"temperature": 0.5, "max_problems": 5, "batch_size": 2},
             r"temperature \(1.0 there, 0.5 now\), max_problems \(None there, 5 now\); choose",
         ),
-        ("model", "the model's files, the problems or the grader's rules; choose another output_d"),
-        ("problems", "the model's files, the problems or the grader's rules; choose another outp"),
+        ("model", "the model's files or the problems; choose another output_d"),
+        ("problems", "the model's files or the problems; choose another outp"),
     ],
 )
 def test_samples_of_another_evaluation_are_never_removed(
