@@ -299,7 +299,7 @@ def test_no_pairs_left_says_why_and_leaves_nothing(tmp_path):
         run(tmp_path, [raw(["####2", "####3"]), {"problem": "1+1?"}])
     with pytest.raises(RediError, match=r"raw.jsonl: no rows"):
         run(tmp_path, [])
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_duplicates_keep_the_first(tmp_path):
