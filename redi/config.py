@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from redi.recipe import Strict
 
-DEFAULT_BETA = {"dpo": 0.1, "simpo": 2.0}
+DEFAULT_BETA, DEFAULT_GAMMA = {"dpo": 0.1, "simpo": 2.0}, 1.0
 
 
 def _has_slot(template: str) -> str:
@@ -266,7 +266,7 @@ class TrainConfig(Strict):
         gt=0,
         description="dpo, simpo: scale of the rewards; default: 0.1 for dpo, 2 for simpo",
     )
-    simpo_gamma: float = Field(1.0, ge=0, description="simpo: margin that a pair should reach")
+    simpo_gamma: float = Field(DEFAULT_GAMMA, ge=0, description="simpo: a pair's target margin")
     rejected_loss: Literal["logp", "unlikelihood"] = Field(
         "logp",
         description="redi: of a rejected token log p is pushed down, or -log(1 - p), which lets go "
@@ -311,9 +311,7 @@ class TrainConfig(Strict):
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = Field(
         "none", description="besides metrics.jsonl"
     )
-    eval_dataset_name: str | None = Field(
-        None, description="held-out rows in the shape of dataset_name"
-    )
+    eval_dataset_name: str | None = Field(None, description="held-out rows, as dataset_name's")
     eval_steps: int = Field(200, ge=1, description="and at the end")
     collapse_guard: Literal["off", "warn", "stop"] = Field(
         "warn", description="when the model loses what it knew: say so / save and stop"
@@ -359,8 +357,7 @@ class TrainConfig(Strict):
     def _beta_has_effect(self) -> "TrainConfig":
         if self.beta is not None and self.objective not in DEFAULT_BETA:
             raise ValueError(f"objective: {self.objective} has no beta; redi is weighed by alpha")
-        default = TrainConfig.model_fields["simpo_gamma"].default
-        if self.simpo_gamma != default and self.objective != "simpo":
+        if self.objective != "simpo" and self.simpo_gamma != DEFAULT_GAMMA:
             raise ValueError(f"objective: {self.objective} has no simpo_gamma")
         return self
 
