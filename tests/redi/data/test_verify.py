@@ -243,15 +243,15 @@ def test_workers_live_from_call_to_call(hostile):
         assert len(verifier._started) == 1
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc")
 def test_dead_workers_leave_no_descriptors_open(hostile):
-    counts = []
+    free = []
     with Verifier(num_workers=1) as verifier:
         for i in range(20):
             assert verifier.verify(["x"], [f"answer {i}"]) == ["wrong"]
-            counts.append(len(os.listdir("/proc/self/fd")))
+            free.append(os.open(os.devnull, os.O_RDONLY))  # the lowest one that is free
+            os.close(free[-1])
             verifier._started[-1].kill()
-    assert set(counts) == {counts[0]}
+    assert max(free) <= free[0] + 3
 
 
 def test_worker_of_a_killed_parent_ends_by_itself(hostile):
