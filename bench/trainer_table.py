@@ -1,6 +1,6 @@
 """The whole trainer against TRL's, on a CPU: useful tokens a second, and peak memory.
 
-    python bench/trainer_table.py --write docs/trainer.md       every row, a quarter of an hour
+    python bench/trainer_table.py --write docs/trainer.md       every row, half an hour
     python bench/trainer_table.py --objectives dpo --cases "equal lengths" --micro-batches 1
 
 Model: Qwen2 in the proportions of Qwen2.5-1.5B's (vocabulary 4 x layers x hidden) at 1/6 of its
@@ -10,7 +10,9 @@ trainers are timed on the same tokens. A useful token is one of the data; paddin
 is a fresh process: its first step warms up, the quickest of the others counts. Memory is the peak
 beyond weights, gradients and AdamW's moments. Both compute in float32.
 
-TRL gets more pairs a forward until that no longer makes it quicker; its best is compared. Where the
+TRL gets more pairs a forward until that no longer makes it quicker; its best is compared. The two
+take turns, `--rounds` times, since a machine's pace changes over minutes: a ratio is the median of
+the rounds' ratios, with the smallest and the largest. Where the
 difference comes from, for DPO: the same with traces of equal length (nothing to pad), with a
 vocabulary of 256 on top of that (hardly any logits), and other checkpointing. Redi's is selective,
 which TRL has not: it keeps attention's output.
@@ -23,6 +25,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -172,25 +175,36 @@ def run_apart(job: Job, cpu_time: bool) -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def measure(
-    objective: str, case: str, micro_batches: list[int], steps: int, cpu_time: bool
-) -> list[dict]:
+def measure(args: argparse.Namespace, objective: str, case: str) -> list[dict]:
     rows = []
+
+    def run(round: int, trainer: str, micro_batch: int) -> dict:
+        how = CASES[case].ours if trainer == "redi" else CASES[case].checkpointing
+        job = Job(Path(folder), objective, trainer, micro_batch, how, BATCH, args.steps)
+        row = {"case": case, "round": round, **asdict(job), **run_apart(job, args.cpu_time)}
+        del row["folder"]
+        rows.append(row)
+        print(line(row), file=sys.stderr, flush=True)
+        return row
+
     with tempfile.TemporaryDirectory() as folder:
         make_input(Path(folder), CASES[case])
-        for trainer in ("redi", "trl", "trl packed")[: 3 if objective == "sft" else 2]:
+        run(0, "redi", TOKENS)
+        for trainer in ("trl", "trl packed")[: 2 if objective == "sft" else 1]:
             best = 0.0
-            for micro_batch in [TOKENS] if trainer == "redi" else micro_batches:
-                how = CASES[case].ours if trainer == "redi" else CASES[case].checkpointing
-                job = Job(Path(folder), objective, trainer, micro_batch, how, BATCH, steps)
-                row = {"case": case, **asdict(job), **run_apart(job, cpu_time)}
-                del row["folder"]
-                rows.append(row)
-                print(line(row), file=sys.stderr, flush=True)
-                if row.get("tokens_per_second", 0.0) < best:  # more pairs only pad more
+            for micro_batch in args.micro_batches:
+                if speed(run(0, trainer, micro_batch)) < best:  # more pairs only pad more
                     break
-                best = row.get("tokens_per_second", best)
+                best = speed(rows[-1])
+        theirs = max(rows[1:], key=speed)
+        for round in range(1, args.rounds):
+            run(round, "redi", TOKENS)
+            run(round, theirs["trainer"], theirs["micro_batch"])
     return rows
+
+
+def speed(row: dict) -> float:
+    return row.get("tokens_per_second", 0.0)
 
 
 def line(row: dict) -> str:
@@ -203,22 +217,25 @@ def line(row: dict) -> str:
 
 
 def ratios(label: str, rows: list[dict]) -> str:
-    """A table's row: ours beside the quickest of TRL's."""
-    speed = lambda row: row.get("tokens_per_second", 0.0)
-    ours, theirs = (
-        max((row for row in rows if (row["trainer"] == "redi") == side), key=speed, default={})
-        for side in (True, False)
-    )
-    if not (speed(ours) and speed(theirs)):
+    """A table's row: ours beside the quickest of TRL's, round by round."""
+    best: dict[tuple[int, bool], dict] = {}
+    for row in rows:
+        key = row["round"], row["trainer"] == "redi"
+        best[key] = max(best.get(key, row), row, key=speed)
+    pairs = [(best[n, True], best[n, False]) for n, is_ours in best if is_ours]
+    if not all(speed(ours) and speed(theirs) for ours, theirs in pairs):
         return f"| {label} |" + " - |" * 8
-    return (
-        f"| {label} | {speed(ours):,.0f} | {speed(theirs):,.0f} "
-        f"| **{speed(ours) / speed(theirs):.2f}** "
-        f"| {ours['above_mib']:,.0f} | {theirs['above_mib']:,.0f} "
-        f"| **{ours['above_mib'] / theirs['above_mib']:.2f}** "
-        f"| {theirs['micro_batch']}{theirs['trainer'].removeprefix('trl')} "
-        f"| {theirs['computed_per_useful'] - 1:.0%} |"
-    )
+    cells = []
+    for name in ("tokens_per_second", "above_mib"):
+        ours, theirs = ([pair[side][name] for pair in pairs] for side in (0, 1))
+        of = [a / b for a, b in zip(ours, theirs, strict=True)]
+        cells += [f"{statistics.median(side):,.0f}" for side in (ours, theirs)]
+        span = f" ({min(of):.2f}..{max(of):.2f})" if len(of) > 1 else ""
+        cells += [f"**{statistics.median(of):.2f}**{span}"]
+    theirs = pairs[0][1]
+    cells += [f"{theirs['micro_batch']}{theirs['trainer'].removeprefix('trl')}"]
+    cells += [f"{theirs['computed_per_useful'] - 1:.0%}"]
+    return f"| {label} | " + " | ".join(cells) + " |"
 
 
 def report(result: dict) -> str:
@@ -249,6 +266,7 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", default=["redi", "dpo", "simpo", "sft"])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), help="default: all for DPO")
     parser.add_argument("--micro-batches", nargs="+", type=int, default=MICRO_BATCHES)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=STEPS, help="the first warms up")
     parser.add_argument("--json", type=Path, default=Path("runs/trainer.json"))
     parser.add_argument("--write", type=Path, help="put the tables into this page")
@@ -263,11 +281,10 @@ def main() -> None:
         result = json.loads(args.json.read_text())
     for objective in args.objectives:
         for case in args.cases or list(CASES)[: None if objective == "dpo" else 1]:
-            print(f"{objective}, {case}", file=sys.stderr)
-            fresh = measure(objective, case, args.micro_batches, args.steps, args.cpu_time)
-            name = lambda row: [row[k] for k in ("objective", "case", "trainer", "micro_batch")]
-            again = [name(row) for row in fresh]
-            result["rows"] = [row for row in result["rows"] if name(row) not in again] + fresh
+            print(f"{objective}, {case}", file=sys.stderr, flush=True)
+            this = [objective, case]
+            others = [r for r in result["rows"] if [r["objective"], r["case"]] != this]
+            result["rows"] = others + measure(args, objective, case)
     result["machine"] = {
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
