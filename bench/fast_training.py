@@ -308,28 +308,57 @@ def show(content: dict[str, Any]) -> None:
 
 
 def plot(content: dict[str, Any], path: Path) -> None:
+    """How far fast mode leads from exact mode, beside what rounding and the data's order do."""
     import matplotlib.pyplot as plt
 
-    colours = {"exact": "#0072B2", "fast": "#D55E00", "repacked": "#009E73"}
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
-    for name, result in content["runs"].items():
+    colours = {"repacked": "#009E73", "fast": "#D55E00", "exact": "#999999"}
+    names = {"repacked": "exact, repacked", "fast": "fast", "exact": "exact, another seed"}
+    runs, first = content["runs"], next(iter(content["runs"]))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for name, result in runs.items():
         kind, seed = name.split("-")
-        style = {"color": colours[kind], "linestyle": "-" if seed == "0" else "--", "label": name}
-        axes[0].plot([row["loss"] for row in result["sft"]["steps"]], **style)
-        for side in ("chosen", "rejected"):
-            style["label"] = name if side == "chosen" else None
-            axes[1].plot([row[f"logps/{side}"] for row in result["redi"]["steps"]], **style)
-    axes[0].set(title="SFT: loss", xlabel="step")
-    axes[1].set(title="REDI: log-prob per token, right and wrong", xlabel="step")
-    axes[0].legend(fontsize=7)
-    redi = [d for d in content["drifts"] if d["stage"] == "sft"]
-    for i, run in enumerate(dict.fromkeys(d["run"] for d in redi)):
-        bars = [d["signs"] for d in redi if d["run"] == run]
-        axes[2].bar([j + 0.2 * i for j in range(len(bars))], bars, 0.18, label=run)
-    axes[2].set(title="SFT: coordinates that went the same way", ylim=(0.5, 1))
-    axes[2].set_xticks([j + 0.3 for j in range(len(CLASSES))], CLASSES)
-    axes[2].legend(fontsize=7)
-    figure.tight_layout()
+        base = f"exact-{seed}" if kind == "fast" else first
+        if name != first:
+            sides = [
+                [r["loss"] for s in STAGES for r in x[s]["steps"]] for x in (result, runs[base])
+            ]
+            apart = [abs(a - b) for a, b in zip(*sides, strict=True)]
+            axes[0].semilogy(range(1, len(apart) + 1), apart, color=colours[kind], alpha=0.7)
+    end = len(runs[first]["sft"]["steps"]) + 0.5
+    axes[0].axvline(end, color="black", linewidth=0.6)
+    axes[0].set(title="distance of the loss from the exact run's", xlabel="step: SFT | REDI")
+
+    held_out = {name: result["redi"]["steps"][-1] for name, result in runs.items()}
+    for side, marker in (("chosen", "o"), ("rejected", "s")):
+        for seed in [name[5:] for name in runs if name.startswith("fast")]:
+            points = [
+                held_out[f"{kind}-{seed}"][f"eval_logps/{side}"] for kind in ("exact", "fast")
+            ]
+            axes[1].plot(*points, marker, color=colours["fast"], alpha=0.8)
+    axes[1].axline([axes[1].get_xlim()[0]] * 2, slope=1, color="black", linewidth=0.6)
+    axes[1].annotate("wrong traces", (0.05, 0.2), xycoords="axes fraction", fontsize=9)
+    axes[1].annotate("right traces", (0.6, 0.9), xycoords="axes fraction", fontsize=9)
+    title = "held-out log-prob after REDI, a point a seed"
+    axes[1].set(title=title, xlabel="exact mode", ylabel="fast mode")
+
+    kinds = ["repacked", "fast", "exact"]
+    for i, stage in enumerate(STAGES):
+        for k, kind in enumerate(kinds):
+            for c, rows in enumerate(CLASSES):
+                signs = [
+                    d["signs"]
+                    for d in content["drifts"]
+                    if (d["stage"], d["class"], d["run"].split("-")[0]) == (stage, rows, kind)
+                ]
+                x = c + i * (len(CLASSES) + 0.5) + 0.25 * (k - 1)
+                axes[2].bar(x, sum(signs) / len(signs), 0.23, color=colours[kind], alpha=0.5)
+                axes[2].plot([x] * len(signs), signs, ".", color=colours[kind], markersize=4)
+    places = [c + i * (len(CLASSES) + 0.5) for i in range(len(STAGES)) for c in range(len(CLASSES))]
+    axes[2].set_xticks(places, CLASSES * len(STAGES), rotation=45)
+    axes[2].set(title="embedding: coordinates that went the same way", ylim=(0.5, 1))
+    axes[2].set(xlabel="rows of the vocabulary: SFT | REDI")
+    handles = [plt.Line2D([], [], color=colours[kind], linewidth=4, alpha=0.7) for kind in kinds]
+    figure.legend(handles, [names[k] for k in kinds], loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=110)
 
 
