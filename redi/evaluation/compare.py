@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from math import sqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from redi.errors import RediError
 from redi.evaluation.benchmarks import BENCHMARKS
 from redi.evaluation.published import PUBLISHED, SETS
 from redi.evaluation.results import (
+    SETTINGS,
     EvalResult,
     bootstrap,
     load_results,
@@ -71,7 +73,9 @@ def score_table(models: Results, published: bool = False) -> Table:
     header = ["model", *map(title, sets), *["average"] * several]
     shapes = {results[key].correct_PN.shape for results in models.values() for key in sets}
     samples = " or ".join(str(n) for n in sorted({shape[1] for shape in shapes}))
-    note = f"pass@1 in percent ± SEM over the samplings, of {samples} samples a problem."
+    spread = "" if samples == "1" else " ± SEM over the samplings"
+    note = f"pass@1 in percent{spread}, of {samples} sample{'s' * (samples != '1')} a problem."
+    note += _measured_unlike(models, sets)
     if published and not set(sets) & set(SETS):
         note += " The paper's rows are left out: it published nothing on these problems."
     elif published:
@@ -136,6 +140,23 @@ def benchmark_table(results: Mapping[str, EvalResult]) -> Table:
         + table.note.partition("in percent.")[2]
     )
     return Table(["benchmark", *table.header[1:]], table.rows, note)
+
+
+def _measured_unlike(models: Results, sets: Sequence[str]) -> str:
+    """A warning that names each setting by which models of a benchmark were measured unlike."""
+    unlike: dict[str, dict[str, Any]] = {}
+    for key in sets:
+        known = {name: results[key].settings for name, results in models.items()}
+        known = {name: settings for name, settings in known.items() if settings}
+        for setting in SETTINGS:
+            values = {name: settings[setting] for name, settings in known.items()}
+            if len(set(values.values())) > 1:
+                unlike[setting] = values
+    said = [
+        f"{setting} ({', '.join(f'{name}: {str(value)[:40]}' for name, value in values.items())})"
+        for setting, values in unlike.items()
+    ]
+    return f" NOT MEASURED ALIKE: {'; '.join(said)}." if said else ""
 
 
 def _score(percent: float, sem: float | None) -> str:

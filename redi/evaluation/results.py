@@ -3,8 +3,8 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import comb, sqrt
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,11 @@ from redi.errors import RediError
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 VERDICTS = ("correct", "wrong", "unparsable", "timeout")
 Metric = Literal["pass@1", "gap"]
+# What moves a score besides the model: of evaluation.json, its recipe included.
+SETTINGS = (
+    *("rules", "grader", "temperature", "top_p", "max_new_tokens"),
+    *("system_prompt", "prompt_template", "answer_prefix"),
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class EvalResult:
     num_tokens_PN: np.ndarray  # int64; stop token included
     pairs: PairScores | None = None
     group_PN: np.ndarray | None = None  # int: samples with one answer; 0 right, -1 no answer
+    settings: Mapping[str, Any] = field(default_factory=dict)  # those of SETTINGS
 
     @property
     def correct_PN(self) -> np.ndarray:
@@ -249,6 +255,9 @@ def read_result(folder: Path, model: str) -> EvalResult:
     if (folder / "votes.jsonl").exists():
         votes = [json.loads(line) for line in (folder / "votes.jsonl").open(encoding="utf-8")]
         groups = np.array([row["groups"] for row in votes]).reshape(shape)
-    return EvalResult(
-        model, ids, column("verdict"), column("finished"), column("num_tokens"), pairs, groups
-    )
+    settings = {}
+    if (file := folder / "evaluation.json").exists():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        settings = {key: (found | found.get("config", {})).get(key) for key in SETTINGS}
+    verdicts, finished, num_tokens = map(column, ("verdict", "finished", "num_tokens"))
+    return EvalResult(model, ids, verdicts, finished, num_tokens, pairs, groups, settings)

@@ -129,3 +129,18 @@ def test_folders_of_one_name_keep_their_path(tmp_path):
     save(tmp_path / "y" / "eval", B)
     folders = [tmp_path / "x" / "eval", tmp_path / "y" / "eval"]
     assert list(load_models(folders)) == list(map(str, folders))
+
+
+def test_models_measured_unlike_are_named(tmp_path):
+    rules = {"old": "1, math-verify 0.8.0", "new": "2, math-verify 0.8.0"}
+    for name, heat in (("old", 0.0), ("new", 0.6)):
+        save(tmp_path / name, A)
+        content = {"rules": rules[name], "config": {"temperature": heat, "grader": "rllm"}}
+        (tmp_path / name / "evaluation.json").write_text(json.dumps(content))
+    save(tmp_path / "unknown", B)  # says nothing of itself
+    folders = [tmp_path / name for name in ("old", "new", "unknown")]
+    assert score_table(load_models(folders)).note.endswith(
+        " NOT MEASURED ALIKE: rules (old: 1, math-verify 0.8.0, new: 2, math-verify 0.8.0); "
+        "temperature (old: 0.0, new: 0.6)."
+    )
+    assert "ALIKE" not in score_table(load_models(folders[1:])).note
