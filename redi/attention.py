@@ -14,12 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from redi.errors import RediError
 
 NAME = "redi_varlen"
 # Softcapped or windowed traces are attended to in blocks of this many queries: a block's scores
-# (block x keys) bound the memory (the backward keeps every block's), and a window bounds the keys.
+# (block x keys) bound the memory, as the backward computes them again, and a window the keys.
 QUERY_BLOCK = 512
 # What some families give their attention besides q, k and v, and nothing here computes.
 FOREIGN = ("s_aux", "sinks", "indices", "block_indices", "position_bias")
@@ -159,21 +160,28 @@ def _attend(q_BLAD, k_BLKD, v_BLKD, *, scaling, window, softcap) -> Tensor:
         gqa = groups > 1
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
         return out.transpose(1, 2)
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scaling = scaling if scaling is not None else q.shape[-1] ** -0.5
-    blocks = []
-    for start in range(0, length, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, length)
-        first = 0 if window is None else max(0, start - window + 1)
-        scores = (q[:, :, start:stop] @ k[:, :, first:stop].transpose(2, 3)).float() * scaling
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        distance = (
-            torch.arange(start, stop, device=q.device)[:, None]
-            - torch.arange(first, stop, device=q.device)[None, :]
+    attend = functools.partial(_attend_block, scaling=scaling, window=window, softcap=softcap)
+    if torch.is_grad_enabled() and length > QUERY_BLOCK:
+        attend = functools.partial(
+            checkpoint, attend, use_reentrant=False, preserve_rng_state=False
         )
-        hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
-        probs = scores.masked_fill(hidden, float("-inf")).softmax(-1).to(q.dtype)
-        blocks.append(probs @ v[:, :, first:stop])
+    blocks = [attend(q, k, v, start) for start in range(0, length, QUERY_BLOCK)]
     return torch.cat(blocks, 2).transpose(1, 2)
+
+
+def _attend_block(
+    q: Tensor, k: Tensor, v: Tensor, start: int, *, scaling: float, window, softcap
+) -> Tensor:
+    """Of the queries from `start` on: [B, A, block, D]."""
+    stop = min(start + QUERY_BLOCK, q.shape[2])
+    first = 0 if window is None else max(0, start - window + 1)
+    groups = q.shape[1] // k.shape[1]
+    k, v = (z[:, :, first:stop].repeat_interleave(groups, 1) for z in (k, v))
+    scores = (q[:, :, start:stop] @ k.transpose(2, 3)).float() * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    query, key = (torch.arange(n, stop, device=q.device) for n in (start, first))
+    distance = query[:, None] - key
+    hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+    return scores.masked_fill(hidden, float("-inf")).softmax(-1).to(q.dtype) @ v

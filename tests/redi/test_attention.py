@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from redi import attention
 from redi.errors import RediError
+from redi.rehearsal import LiveBytes
 
 SEQLENS = (7, 19, 1, 12, 12)
 
@@ -155,6 +156,30 @@ def test_cost_grows_with_the_sum_of_squared_lengths(shaping):
     assert flop(*long) == sum(flop(n) for n in long)
     even = (64, 60, 50, 61)  # side by side: padded, at most to twice the tokens
     assert flop(*even) <= 2 * sum(flop(n) for n in even)
+
+
+@pytest.mark.parametrize("shaping", SHAPINGS[1:])
+def test_the_backward_keeps_no_blocks_scores(shaping, monkeypatch):
+    """Bytes that live at once in forward and backward: twice the length takes about twice as many
+    (all scores: four times). The gradient is that of one block."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 64)
+
+    def run(length):
+        torch.manual_seed(0)
+        q = torch.randn(1, 2, length, 8, requires_grad=True)
+        with LiveBytes() as live:
+            out, _ = attention.varlen_attention(
+                None, q, q, q, None,
+                cu_seqlens=torch.tensor([0, length]).int(), seqlens=(length,), **shaping,
+            )  # fmt: skip
+            out.sin().sum().backward()
+        return live.peak, q.grad
+
+    (short, _), (long, in_blocks) = run(1024), run(2048)
+    assert long < 2.3 * short
+    assert long < 2048 * 2048 * 4  # one head's scores
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 2048)
+    assert (in_blocks - run(2048)[1]).norm() < 1e-6 * in_blocks.norm()
 
 
 class OnCuda(torch.Tensor):
