@@ -30,7 +30,7 @@ from torch import Tensor
 from redi_kernels.head import Head, accumulator
 
 BUFFER_BYTES = 48 << 20  # of the [V, B] buffer: new memory stays within 64 MiB
-BLOCK_TOKENS = (16, 1024)  # fewer starve the matmul, more would only pad small problems
+BLOCK_TOKENS = (16, 512)  # fewer starve the matmul; of more, the last block would be mostly padding
 TILE_BYTES = 4 << 20  # of a tile of rows; two cores' share of an L3
 GROUP_BYTES = 1 << 20  # of a group of rows in the accumulator's dtype: about one core's L2; four
 WIDENED = 4  # times that where a group is widened from bf16: fewer calls win there (measured)

@@ -401,6 +401,25 @@ def test_training_draws_no_random_number(tmp_path):
         assert np.array_equal(now[2][0], numpys[0]) and now[2][1:] == numpys[1:]
 
 
+def test_gradients_keep_their_place_from_step_to_step(tmp_path):
+    """Fresh ones would leave holes between the first pack's tensors; a NaN must not stay either."""
+    places = []
+
+    class Spy(redi.Callback):
+        def on_step_end(self, state):
+            parameters = list(state.model.parameters())
+            places.append([p.grad.data_ptr() for p in parameters])
+            for p in parameters:
+                p.grad.fill_(torch.nan)
+
+    config = tiny.train_settings(tmp_path, max_steps=3, max_tokens_per_batch=60)
+    spied = train({**config, "output_dir": str(tmp_path / "spied")}, [Spy()])
+    assert len(places) == 3
+    assert places[0] == places[1] == places[2]
+    alone = train({**config, "output_dir": str(tmp_path / "alone")})
+    assert same_bits(spied.output_dir, alone.output_dir)
+
+
 def test_exported_dtype(tmp_path):
     result = train(tiny.train_settings(tmp_path, dtype="bfloat16", max_steps=1))
     assert {t.dtype for t in weights(result.output_dir).values()} == {torch.bfloat16}
