@@ -110,7 +110,7 @@ def test_liger_is_asked_for_in_vain(tmp_path, monkeypatch):
     load_model(config(tmp_path))  # by default it is used where it can be
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton, and so Liger, is Linux's")
+@pytest.mark.linux
 @pytest.mark.parametrize(("family", "known"), [("glm4", True), ("cohere2", False)])
 def test_liger_decides_what_it_has_for_a_family(family, known):
     """It has no RoPE for GLM-4; a family that it does not know at all is an error if asked for."""
@@ -156,7 +156,7 @@ print(float((fused - plain).norm() / plain.norm()), torch.equal(fused, plain))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton is Linux's")
+@pytest.mark.linux
 @pytest.mark.parametrize("family", ["qwen2", "gemma2"])
 def test_liger_computes_the_same(family):
     path = [*sys.path, str(Path(tiny.__file__).parent)]

@@ -14,7 +14,7 @@ from redi_kernels.logprobs import weighted_logprobs
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton has builds for Linux only")
+@pytest.mark.linux
 def test_interpreted_kernels():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -29,7 +29,6 @@ def test_interpreted_kernels():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", [(1, 64, 1000), (300, 72, 5003), (1000, 576, 49152)], ids=str)
 def test_on_a_gpu(shape, dtype):
