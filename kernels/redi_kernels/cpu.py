@@ -112,7 +112,7 @@ def backward(
         r = slice(t.start, t.start + len(x_nH))
         # a large lse is rounded coarsely, and p = exp(z - lse) with it; target - logp is not
         z_1n = z_VB[:, : len(x_nH)].gather(0, y_N[r][None])
-        z_n = blocks.shaped(z_1n, torch.empty_like(z_1n, dtype=blocks.acc), y_N[r][None])[0]
+        z_n = blocks.shaped(z_1n.to(blocks.acc), y_N[r][None])[0]
         other_n = other_N[r] * (logp_N[r] - (z_n - lse_N[r])).exp()
         lse_B = blocks.pad(lse_N[r], torch.inf)  # p = 0 in the padding
         y_B, other_B, target_B = map(blocks.pad, (y_N[r], other_n, target_N[r]))
@@ -167,8 +167,11 @@ class Blocks:
     def buffer(self, rows: int) -> Tensor:
         return self.x_NH.new_empty(rows, self.B)
 
-    def logits(self, x_BH: Tensor, z_VB: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """Groups as they are made, into `z_VB` where that is given."""
+    def logits(
+        self, x_BH: Tensor, z_VB: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Groups as they are made, into `z_VB` where that is given: their rows, their logits in
+        the accumulator's dtype, and their place in the buffer."""
         w_VH, V = self.w_VH, len(self.w_VH)
         z_tB = self.buffer(min(self.tile, V)) if z_VB is None else z_VB
         for v in range(0, V, self.tile):
@@ -176,7 +179,7 @@ class Blocks:
             z = z_tB[: rows.stop - v] if z_VB is None else z_VB[rows]
             torch.mm(w_VH[rows], x_BH.T, out=z)
             for r, z_RB in self.groups(z):
-                yield slice(v + r.start, v + r.stop), z_RB
+                yield slice(v + r.start, v + r.stop), self.wide(z_RB), z_RB
 
     def groups(self, z_VB: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """(rows of the vocabulary, their logits), R rows at a time."""
@@ -187,19 +190,20 @@ class Blocks:
     def pad(self, v_N: Tensor, value: float = 0) -> Tensor:
         return F.pad(v_N, (0, -len(v_N) % self.B), value=value)
 
-    def shaped(self, z_RB: Tensor, out_RB: Tensor, rows: slice | Tensor) -> Tensor:
-        """The logits of vocabulary `rows` from the matmul's values, in `out_RB`, which may be
-        `z_RB` itself."""
-        if out_RB is not z_RB:
-            out_RB.copy_(z_RB)
+    def wide(self, z_RB: Tensor) -> Tensor:
+        """In the accumulator's dtype: itself, or in the scratch until the next group."""
+        return z_RB if z_RB.dtype == self.acc else self.scratch_RB[: len(z_RB)].copy_(z_RB)
+
+    def shaped(self, f_RB: Tensor, rows: slice | Tensor) -> Tensor:
+        """The logits of vocabulary `rows` from the matmul's values, in place."""
         if self.head.logit_scale != 1.0:
-            out_RB.mul_(self.head.logit_scale)
+            f_RB.mul_(self.head.logit_scale)
         if self.bias_V is not None:
             bias = self.bias_V[rows]
-            out_RB.add_(bias[:, None] if isinstance(rows, slice) else bias)
+            f_RB.add_(bias[:, None] if bias.dim() == 1 else bias)
         if self.head.softcap is not None:
-            out_RB.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
-        return out_RB
+            f_RB.div_(self.head.softcap).tanh_().mul_(self.head.softcap)
+        return f_RB
 
     def slope(self, f_RB: Tensor) -> Tensor | None:
         """The cap's derivative at its own values; None for 1."""
@@ -212,7 +216,7 @@ class Blocks:
 
     def statistics(
         self,
-        groups: Iterator[tuple[slice, Tensor]],
+        groups: Iterator[tuple[slice, Tensor, Tensor]],
         y_B: Tensor,
         *,
         entropy: bool = False,
@@ -228,9 +232,8 @@ class Blocks:
         max_B = torch.full_like(y_B, lowest, dtype=self.acc)
         sum_B, target_B, moment_B, kept_B = (torch.zeros_like(max_B) for _ in range(4))
         shifts = []
-        for rows, z_RB in groups:
-            in_place = z_RB.dtype == self.acc
-            f_RB = self.shaped(z_RB, z_RB if in_place else self.scratch_RB[: len(z_RB)], rows)
+        for rows, f_RB, z_RB in groups:
+            f_RB = self.shaped(f_RB, rows)
             here_B, row_1B = targets(y_B, rows)
             target_B = torch.where(here_B, f_RB.gather(0, row_1B)[0], target_B)
             old_B, max_B = max_B, torch.maximum(max_B, f_RB.amax(dim=0))
@@ -244,7 +247,7 @@ class Blocks:
                     if slope_RB is not None:
                         f_RB.mul_(slope_RB)
                     kept_B = sum_B if slope_RB is None else kept_B * shrink_B + f_RB.sum(dim=0)
-                    if not in_place:
+                    if f_RB is not z_RB:
                         z_RB.copy_(f_RB)
                 continue
             e_RB = exp_(f_RB.clone())
@@ -325,8 +328,7 @@ class Gradients:
     def _differentiate(self, z_VB, y_B, shift_B, other_B, target_B) -> None:
         blocks, head = self.blocks, self.blocks.head
         for rows, z_RB in blocks.groups(z_VB):
-            in_place = z_RB.dtype == blocks.acc
-            g_RB = blocks.shaped(z_RB, z_RB if in_place else blocks.scratch_RB[: len(z_RB)], rows)
+            g_RB = blocks.shaped(blocks.wide(z_RB), rows)
             slope_RB = blocks.slope(g_RB)
             exp_(g_RB.sub_(shift_B)).mul_(other_B)
             here_B, row_1B = targets(y_B, rows)
@@ -337,7 +339,7 @@ class Gradients:
                 self.db_V[rows] += g_RB.sum(dim=1)
             if head.logit_scale != 1.0:
                 g_RB.mul_(head.logit_scale)
-            if not in_place:
+            if g_RB is not z_RB:
                 z_RB.copy_(g_RB)
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

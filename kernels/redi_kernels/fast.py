@@ -1,9 +1,11 @@
-"""Fast mode on a CPU (`tolerance > 0`): gradients for little more than the logits' matmul.
+"""Fast mode on a CPU (`tolerance > 0`): the loss and its gradients for about one logits matmul.
 
 Nearly all of softmax - onehot is tiny. Per block of B tokens (cpu.py) a vocabulary row is *active*
 if it matters to some token of the block; G's active rows are gathered and multiplied as always, the
-rest of G, the tail, is put back by two cheap stand-ins. Exact dX and dW cost 2 U; this costs
+rest of G, the tail, is put back by two cheap stand-ins. Instead of 3 U it costs
 
+    1 U    a look at all logits (scan.py): in int8, where the CPU has it, in 1/4 (fp32) to 1/2
+           (bf16) of U's time; the active rows' logits, f U, are then made in fp32
     2 f U  active rows        f: their share, 0.03 to 0.1 on text a model knows
     K/H U  the tail's moments M_VK = G_tail [1+ 1- X Q]     K = 32, Q [H, K - 2]
 
@@ -11,34 +13,36 @@ rest of G, the tail, is put back by two cheap stand-ins. Exact dX and dW cost 2 
   30 of SmolLM2's 576 hold 87% of its energy. Rows that are active in no block get dW within 11% of
   the truth under SFT's weights, 25% under signed ones.
 * dX's tail is G_tail W. A token keeps the mass it lost, D_t = sum_v of its tail, and spends it on
-  the mean row of W under the whole call's tail: sum_t dX_t, what a step sees, stays exact. Tokens
-  pushed up and pushed down (1+ and 1-: signed weights) have a mean each.
+  the mean row of W under the whole call's tail: sum_t dX_t, what a step sees, stays exact, or as
+  exact as the look was. Tokens pushed up and pushed down (1+ and 1-: signed weights) have a mean
+  each.
 * db's tail is M's first two columns: exact.
 
 The plan. s_v = sum_t |g_tv| over the block comes with M. Rows are dropped from the smallest s_v up,
 until sum s_v^2 has reached (budget |g_target|)^2: a bound on the energy that leaves G, in terms of
 the energy that is surely there. Measured on texts of 0.2 to 3.8 nats a token the error of dX is
-then 1.2 to 2.05 budgets; 2^-10.5 keeps it within what rounding G to bf16 costs.
+then 1.2 to 2.3 budgets; 2^-10.5 keeps it within what rounding G to bf16 costs.
 Targets are always active. A block with too many active rows is done exactly, and so are the next
-REST blocks, without asking: on flat text the moments would be paid for nothing. Nothing outlives
-the call, so it does the same each time.
+REST blocks, without asking: on flat text the look would be paid for nothing. Nothing outlives the
+call, so it does the same each time.
 
-The logits' pass leaves exp(z - shift), as cpu.py's does in fp32: no second exp. Log-probs are
-cpu.py's, to the bit. dW's active rows have sums of their own, so that the tail is written into a
-fresh dW, once, and no [V, H] accumulator exists unless some block is done exactly.
+dW's active rows have sums of their own, so that the tail is written into a fresh dW, once, and no
+[V, H] accumulator exists unless some block is done exactly.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from redi_kernels import fast_plan
+from redi_kernels import fast_plan, scan
 from redi_kernels.cpu import Blocks, Gradients, Statistics
 from redi_kernels.fast_plan import MAX_ACTIVE, ROWS, Report
 from redi_kernels.head import Head
+from redi_kernels.scan import Scan
 
 Needs = tuple[bool, bool, bool]
 REST = 3  # blocks
+BF16_LOGIT = 8.0  # from this size on, logits rounded to bf16 cost at least twice what G's does
 
 
 def gradients(
@@ -58,98 +62,114 @@ def gradients(
     N = len(x_NH)
     blocks = Blocks(x_NH, w_VH, head)
     dlogp_P, dlse_P = (blocks.pad(d_N.to(blocks.acc)) for d_N in (dlogp_N, dlse_N))
-    other_P = dlse_P - dlogp_P
-    sparse = _Sparse(x_NH, blocks, other_P, needs, tolerance)
-    y_P, logp_P = blocks.pad(y_N), torch.empty_like(dlogp_P)
-    e_VB = blocks.buffer(len(w_VH))
+    sparse = _Sparse(x_NH, blocks, blocks.pad(y_N), dlogp_P, dlse_P, needs, tolerance)
+    logp_P = torch.empty_like(dlogp_P)
     for t, x_nH, x_BH in blocks:
-        keep = not sparse.resting or e_VB.dtype == blocks.acc  # else exp would be rounded twice
-        stats = blocks.statistics(blocks.logits(x_BH, e_VB), y_P[t], keep=keep)
-        logp_B = logp_P[t] = stats.logp_B
-        target_B = dlse_P[t] * logp_B.exp() - dlogp_P[t] * logp_B.expm1()
-        if keep:
-            target_B = blocks.sloped(target_B, stats.target_B)
-        sparse.add(t, x_nH, y_P[t], e_VB, stats, target_B)
+        logp_P[t] = sparse.add(t, x_nH, x_BH)
     return logp_P[:N], *sparse.result()
 
 
 class _Sparse:
-    """Gradients from blocks of e_VB, where G = e * scale of its group of rows * other, but for the
-    targets' elements."""
+    """Adds up the gradients, block by block. G = e * scale of its group of rows * other, but for
+    the targets' elements."""
 
     def __init__(
-        self, x_NH: Tensor, blocks: Blocks, other_P: Tensor, needs: Needs, tolerance: float
+        self,
+        x_NH: Tensor,
+        blocks: Blocks,
+        y_P: Tensor,
+        dlogp_P: Tensor,
+        dlse_P: Tensor,
+        needs: Needs,
+        tolerance: float,
     ) -> None:
-        self.blocks, self.other_P, self.budget = blocks, other_P, tolerance * fast_plan.BUDGET
+        self.blocks, self.y_P, self.budget = blocks, y_P, tolerance * fast_plan.BUDGET
+        self.dlogp_P, self.dlse_P, self.other_P = dlogp_P, dlse_P, dlse_P - dlogp_P
         self.grads = Gradients(x_NH, blocks, (needs[0], False, needs[2]))  # dW: if a block asks
         self.rows = _Rows(blocks.w_VH, blocks.acc) if needs[1] else None
         N, V = len(x_NH), len(blocks.w_VH)
-        self.basis_HK = fast_plan.basis(x_NH, other_P[:N])
+        self.source = scan.make(blocks)
+        self.basis_HK = fast_plan.basis(x_NH, self.other_P[:N])
         self.moments_VK = x_NH.new_zeros(V, fast_plan.MOMENTS, dtype=blocks.acc)
-        self.block_VK = x_NH.new_empty(V, fast_plan.MOMENTS)
-        self.dropped_P = torch.zeros_like(other_P)
+        self.block_VK = self.source.e_VB.new_empty(V, fast_plan.MOMENTS)
+        self.z_VB: Tensor | None = None  # exact blocks' logits
+        self.dropped_P = torch.zeros_like(self.other_P)
         self.computed = self.resting = 0
         self.left = self.energy = torch.zeros((), dtype=torch.float64)
 
-    def add(
-        self,
-        t: slice,
-        x_nH: Tensor,
-        y_B: Tensor,
-        e_VB: Tensor,
-        stats: Statistics,
-        target_B: Tensor,
-    ) -> None:
-        V, n = len(e_VB), len(x_nH)
-        energy = target_B.double().square().sum()
-        self.energy = self.energy + energy
+    def add(self, t: slice, x_nH: Tensor, x_BH: Tensor) -> Tensor:
+        """A block; returns its logp_B."""
+        blocks, y_B, other_B = self.blocks, self.y_P[t], self.other_P[t]
         if self.resting:
             self.resting -= 1
-            return self._exact(t, x_nH, y_B, e_VB, stats, target_B)
-        other_B, scale_GB = self.other_P[t], stats.scale_GB
-        s_V = self._moments(x_nH, e_VB, scale_GB * other_B, other_B)
-        active_V, left = fast_plan.active_rows(s_V, y_B[:n], self.budget * energy.sqrt())
+            return self._exact(t, x_nH, x_BH)
+        seen = self.source.scan(x_BH, y_B)
+        target_B = blocks.sloped(self._target(t, seen.logp_B), seen.target_B)
+        energy = target_B.double().square().sum()
+        s_V = self._moments(seen, x_nH, other_B)
+        limit = self.budget * self._unit(seen.target_B[: len(x_nH)]) * energy.sqrt()
+        active_V, left = fast_plan.active_rows(s_V, y_B[: len(x_nH)], limit)
         active_A = active_V.nonzero()[:, 0]
-        if len(active_A) > MAX_ACTIVE * V:
+        found = None
+        if len(active_A) <= MAX_ACTIVE * len(active_V):
+            w_AH = blocks.w_VH[active_A]
+            found = self.source.find(active_A, w_AH, x_BH, y_B, other_B)
+        if found is None:
             self.resting = REST
-            return self._exact(t, x_nH, y_B, e_VB, stats, target_B)
-        self.left = self.left + left
-        self.computed += len(active_A) * n
+            return self._exact(t, x_nH, x_BH, self.source.stats)
+        self.energy, self.left = self.energy + energy, self.left + left
+        self.computed += len(active_A) * len(x_nH)
         self.block_VK.index_fill_(0, active_A, 0)
         self.moments_VK += self.block_VK
-        p_AB = e_VB.index_select(0, active_A).to(self.blocks.acc)
-        p_AB.mul_(scale_GB[active_A // self.blocks.R])
-        mass_B = stats.kept_B / stats.sum_B
-        self.dropped_P[t] = (mass_B - p_AB.sum(dim=0)).clamp_(min=0)
-        self._active(t.start, x_nH, y_B, active_A, p_AB.mul_(other_B), target_B)
+        self.dropped_P[t] = found.dropped_B
+        target_B = blocks.sloped(self._target(t, found.logp_B), found.target_B)
+        self._active(t.start, x_nH, y_B, active_A, w_AH, found.g_AB, target_B)
+        return found.logp_B
+
+    def _unit(self, z_n: Tensor) -> Tensor | float:
+        """A dense implementation's error, in terms of what rounding G to bf16 costs: in bf16 it has
+        rounded its logits too. 10 times as much was measured at logits of 31; this says 4."""
+        if self.blocks.x_NH.dtype != torch.bfloat16:
+            return 1.0
+        return (z_n.square().mean().sqrt() / BF16_LOGIT).clamp(min=1)
+
+    def _target(self, t: slice, logp_B: Tensor) -> Tensor:
+        """The gradient at the targets' logits."""
+        return self.dlse_P[t] * logp_B.exp() - self.dlogp_P[t] * logp_B.expm1()
 
     def _exact(
-        self,
-        t: slice,
-        x_nH: Tensor,
-        y_B: Tensor,
-        e_VB: Tensor,
-        stats: Statistics,
-        target_B: Tensor,
-    ) -> None:
-        grads, other_B = self.grads, self.other_P[t]
+        self, t: slice, x_nH: Tensor, x_BH: Tensor, stats: Statistics | None = None
+    ) -> Tensor:
+        """As cpu.py; from `stats` where the source has computed what exact mode would."""
+        blocks, grads, y_B = self.blocks, self.grads, self.y_P[t]
         if self.rows is not None and grads.dw_VH is None:
-            grads.dw_VH = torch.empty_like(self.blocks.w_VH, dtype=self.blocks.acc)
+            grads.dw_VH = torch.empty_like(blocks.w_VH, dtype=blocks.acc)
+        if self.z_VB is None:
+            e_VB = self.source.e_VB
+            self.z_VB = e_VB if e_VB.dtype == x_nH.dtype else blocks.buffer(len(e_VB))
+        if stats is None:
+            keep = x_nH.dtype == blocks.acc  # else exp would be rounded twice
+            stats = blocks.statistics(blocks.logits(x_BH, self.z_VB), y_B, keep=keep)
+        other_B, logp_B = self.other_P[t], stats.logp_B
+        target_B = self._target(t, logp_B)
+        self.energy = self.energy + target_B.double().square().sum()
         if stats.shifts:
-            grads.add_kept(t.start, x_nH, e_VB, y_B, stats.scale_GB * other_B, target_B)
+            target_B = blocks.sloped(target_B, stats.target_B)
+            grads.add_kept(t.start, x_nH, self.z_VB, y_B, stats.scale_GB * other_B, target_B)
         else:
             scale_B = other_B / stats.sum_B
-            grads.add(t.start, x_nH, e_VB, y_B, stats.max_B, scale_B, target_B)
-        self.computed += len(e_VB) * len(x_nH)
+            grads.add(t.start, x_nH, self.z_VB, y_B, stats.max_B, scale_B, target_B)
+        self.computed += len(self.z_VB) * len(x_nH)
+        return logp_B
 
-    def _moments(self, x_nH: Tensor, e_VB: Tensor, scale_GB: Tensor, other_B: Tensor) -> Tensor:
+    def _moments(self, seen: Scan, x_nH: Tensor, other_B: Tensor) -> Tensor:
         """Fills the block's moments; returns s_V."""
         n, acc = len(x_nH), self.blocks.acc
         signs_n2 = torch.stack([other_B[:n] > 0, other_B[:n] < 0], dim=1)
         f_nK = torch.cat([signs_n2.to(acc), (x_nH @ self.basis_HK).to(acc)], dim=1)
-        for scale_B, (rows, e_RB) in zip(scale_GB, self.blocks.groups(e_VB), strict=True):
-            scaled_nK = (scale_B[:n, None] * f_nK).to(e_VB.dtype)
-            torch.mm(e_RB[:, :n], scaled_nK, out=self.block_VK[rows])
+        for rows, scale_B in seen.scales:
+            scaled_nK = ((scale_B * other_B)[:n, None] * f_nK).to(seen.e_VB.dtype)
+            torch.mm(seen.e_VB[rows, :n], scaled_nK, out=self.block_VK[rows])
         return (self.block_VK[:, 0] - self.block_VK[:, 1]).to(acc)
 
     def _active(
@@ -158,6 +178,7 @@ class _Sparse:
         x_nH: Tensor,
         y_B: Tensor,
         active_A: Tensor,
+        w_AH: Tensor,
         g_AB: Tensor,
         target_B: Tensor,
     ) -> None:
@@ -169,7 +190,7 @@ class _Sparse:
             grads.db_V[active_A] += g_An.sum(dim=1)
         g_An = g_An.mul_(self.blocks.head.logit_scale).to(w_VH.dtype)
         if grads.dx_NH is not None:
-            torch.mm(g_An.T, w_VH[active_A], out=grads.dx_NH[start : start + n])
+            torch.mm(g_An.T, w_AH, out=grads.dx_NH[start : start + n])
         if self.rows is not None:
             for rows_A, g in zip(active_A.split(ROWS), g_An.split(ROWS), strict=True):
                 self.rows.add(rows_A, g @ x_nH)

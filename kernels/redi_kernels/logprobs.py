@@ -87,8 +87,9 @@ def token_logprobs(
         ignore_index: tokens with this target cost no matmul and get exactly zero gradient.
         num_valid: how many targets are not `ignore_index`, where the host knows: then nothing waits
             for the GPU. A wrong number raises as a wrong target does.
-        tolerance: 0 is exact. Above, gradients may have this many times the RMS error that rounding
-            d(logits) to bf16 costs, and cost less: docs/fast-mode.md. Not for fp16.
+        tolerance: 0 is exact. Above, gradients may have this many times the RMS error of a dense
+            bf16 implementation, and cost less: docs/fast-mode.md. Not for fp16. Here log-probs stay
+            exact; the fused losses' may be off by a few 1e-4 on a CPU.
         backend: None picks triton on CUDA, blocked torch ("cpu") elsewhere; "reference" is the
             textbook with full logits.
 
