@@ -42,12 +42,14 @@ CASES = [
     for family in FAMILIES
     for tokens, checkpointing, bf16 in (
         (512, "none", False), (2048, "none", False), (2048, "selective", False),
-        (2048, "full", False), (2048, "none", True),
+        (2048, "selective, 3 kept", False), (2048, "full", False), (2048, "none", True),
     )
 ]  # fmt: skip
 
 
 def make_config(family: str, tokens: int, checkpointing: str, bf16: bool) -> TrainConfig:
+    how, _, kept = checkpointing.partition(", ")
+    blocks = {"kept_blocks": int(kept.split()[0])} if kept else {}
     return TrainConfig(
         architecture={"model_type": family, **BASE, **FAMILIES[family]},
         tokenizer_name_or_path="none",
@@ -56,7 +58,8 @@ def make_config(family: str, tokens: int, checkpointing: str, bf16: bool) -> Tra
         train_batch_size=2,
         max_tokens_per_batch=tokens,
         max_length=tokens // 2,
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=how,
+        **blocks,
         bf16=bf16,
         max_steps=2,
     )

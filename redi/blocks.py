@@ -21,7 +21,7 @@ def prepare(lm: Any, config: TrainConfig, device: torch.device) -> None:
     if config.use_liger_kernel is not False:
         use_liger(lm, device, required=config.use_liger_kernel is True)
     if config.gradient_checkpointing != "none":
-        checkpoint_activations(lm, config.gradient_checkpointing)
+        checkpoint_activations(lm, config.gradient_checkpointing, config.kept_blocks)
     if config.torch_compile:
         compile_blocks(lm)
 
@@ -48,12 +48,13 @@ def use_liger(lm: Any, device: torch.device, *, required: bool = False) -> None:
         _apply_liger_kernel_to_instance(lm, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
-def checkpoint_activations(lm: Any, how: str) -> None:
+def checkpoint_activations(lm: Any, how: str, kept_blocks: int) -> None:
     """Keeps each block's input and computes the block again in the backward.
 
     `full`: that input only. `offload`: it is kept in (on CUDA: pinned) host memory. `selective`:
     attention's output too, so that attention, as costly as the weights at 30,000 tokens, is not
-    computed again; nor is the last block, whose backward follows at once.
+    computed again; nor are the last `kept_blocks`: one, whose backward follows at once, costs no
+    memory, more of them trade it for time.
     """
     options: dict[str, Any] = {"use_reentrant": False}
     if how == "selective":
@@ -64,7 +65,9 @@ def checkpoint_activations(lm: Any, how: str) -> None:
     else:
         lm.gradient_checkpointing_enable(options)
     if how == "selective":
-        lm.model.layers[-1].gradient_checkpointing = False
+        layers = lm.model.layers
+        for layer in layers[max(len(layers) - kept_blocks, 0) :]:
+            layer.gradient_checkpointing = False
     for module in lm.modules() if how == "offload" else ():
         if getattr(module, "gradient_checkpointing", False):
             module._gradient_checkpointing_func = _offloaded(module._gradient_checkpointing_func)

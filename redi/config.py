@@ -244,6 +244,9 @@ class TrainConfig(Strict):
         description="full (or true): keep each block's input only and compute the block again; "
         "selective: keep attention's output too; offload: keep the input in host memory",
     )
+    kept_blocks: int = Field(
+        1, ge=0, description="selective: so many of the last blocks keep everything"
+    )
     use_liger_kernel: bool | None = Field(
         None,
         description="Liger's RMSNorm, RoPE and SwiGLU; default: on CUDA if liger-kernel is there",
@@ -351,6 +354,12 @@ class TrainConfig(Strict):
             raise ValueError("set model_name_or_path, or architecture to train from scratch")
         if self.model_name_or_path is None and self.tokenizer_name_or_path is None:
             raise ValueError("training from scratch needs tokenizer_name_or_path")
+        return self
+
+    @model_validator(mode="after")
+    def _kept_blocks_have_effect(self) -> "TrainConfig":
+        if "kept_blocks" in self.model_fields_set and self.gradient_checkpointing != "selective":
+            raise ValueError("kept_blocks: only with gradient_checkpointing: selective")
         return self
 
     @model_validator(mode="after")

@@ -22,8 +22,8 @@ RESULT = "train_result.json"
 FREE = {
     "model_name_or_path", "tokenizer_name_or_path", "dataset_name", "chat_template",
     "output_dir", "logging_steps", "save_steps", "save_total_limit", "resume_from_checkpoint",
-    "max_tokens_per_batch", "gradient_checkpointing", "use_liger_kernel", "torch_compile",
-    "expected_examples", "nonfinite",
+    "max_tokens_per_batch", "gradient_checkpointing", "kept_blocks", "use_liger_kernel",
+    "torch_compile", "expected_examples", "nonfinite",
     "report_to", "eval_dataset_name", "eval_steps", "collapse_guard",
 }  # fmt: skip
 

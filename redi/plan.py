@@ -57,7 +57,7 @@ class Planner:
         self.config = config
         self.model = load_model(config, device="meta")
         self.model_config = load_model_config(config)
-        self.rehearsed: dict[tuple[int, str], Bytes] = {}
+        self.rehearsed: dict[tuple[int, str, int], Bytes] = {}
 
     def memory(self, gpus: int, config: TrainConfig | None = None) -> Memory:
         """Per GPU with FSDP2 over `gpus`; `gpus=0`: one CPU process."""
@@ -76,7 +76,16 @@ class Planner:
 
     def activations(self, config: TrainConfig, checkpointing: str, *, cuda: bool) -> Bytes:
         tokens = tokens_per_pack(config)
-        key = (tokens, checkpointing)
+        blocks, kept = self.model_config.num_hidden_layers, config.kept_blocks
+        if checkpointing == "selective" and kept > 1 and blocks > 1:
+            one = self.activations(
+                config.model_copy(update={"kept_blocks": 1}), checkpointing, cuda=cuda
+            )
+            every = self.activations(config, "none", cuda=cuda)
+            share = (min(kept, blocks) - 1) / (blocks - 1)
+            pairs = zip(vars(one).values(), vars(every).values(), strict=True)
+            return Bytes(*(round(a + share * (b - a)) for a, b in pairs))
+        key = (tokens, checkpointing, kept)
         if key not in self.rehearsed:
             longest = min(config.max_length, tokens)
             rest = tokens % longest
@@ -85,9 +94,8 @@ class Planner:
             variant = config.model_copy(update={"gradient_checkpointing": name})
             found = rehearse(variant, self.model_config, seqlens, cuda=cuda)
             if checkpointing == "offload":  # two blocks' inputs stay: one in use, one on its way
-                blocks = self.model_config.num_hidden_layers
-                kept = 2 * tokens * self.model_config.hidden_size * max(blocks - 2, 0)
-                found = Bytes(*(max(b - kept, 0) for b in vars(found).values()))
+                inputs = 2 * tokens * self.model_config.hidden_size * max(blocks - 2, 0)
+                found = Bytes(*(max(b - inputs, 0) for b in vars(found).values()))
             self.rehearsed[key] = found
         return self.rehearsed[key]
 
@@ -98,6 +106,8 @@ class Planner:
         thriftier = kinds[kinds.index(self.config.gradient_checkpointing) + 1 :]
         recompute = [(f"gradient_checkpointing: {how}", gpus, {"gradient_checkpointing": how})
                      for how in thriftier]  # fmt: skip
+        if self.config.kept_blocks > 1:
+            tried.append(("kept_blocks: 1", gpus, {"kept_blocks": 1}))
         tried += recompute[:-1]
         smaller = max(self.config.max_tokens_per_batch // 2, self.config.max_length)
         if smaller < tokens_per_pack(self.config):
@@ -113,6 +123,15 @@ class Planner:
                 if count > gpus:
                     break  # more GPUs yet would fit too
         return found
+
+    def kept_blocks(self, gpus: int, limit: float) -> int:
+        """The most blocks that could keep all their activations, in spare memory."""
+        most = self.model_config.num_hidden_layers
+        needs = lambda kept: (
+            self.memory(gpus, self.config.model_copy(update={"kept_blocks": kept})).needed
+        )
+        each = (needs(most) - needs(1)) / max(most - 1, 1)
+        return min(1 + int((limit - needs(1)) / each), most) if each else most
 
 
 @dataclass(frozen=True)
@@ -203,6 +222,11 @@ def _memory(planner: Planner, gpus: int, gpu_memory: float) -> list[tuple[str, s
     limit = gpu_memory * 1e9
     verdict = "fits" if memory.needed <= limit else "DOES NOT FIT"
     verdict += f": {size(memory.needed)} of {size(limit)} with the allocator's and CUDA's share"
+    if memory.needed <= limit and checkpointing == "selective":
+        kept = planner.kept_blocks(gpus, limit)
+        if kept > config.kept_blocks:
+            more = planner.memory(gpus, config.model_copy(update={"kept_blocks": kept}))
+            verdict += f"; there is room for kept_blocks: {kept} ({size(more.needed)}), for speed"
     if memory.needed > limit:
         remedies = planner.remedies(gpus, limit)
         verdict += "; any one of these would do: " if remedies else "; no single change would do"
@@ -218,7 +242,7 @@ def _time(
     traces = sides * schedule.total_steps * config.train_batch_size
     told = "as given" if mean_length else "assumed: a third of max_length; --mean-length sets it"
     length = mean_length or config.max_length // 3
-    mfu = ASSUMED_MFU[config.gradient_checkpointing]
+    mfu = _mfu(config, planner.model_config.num_hidden_layers)
     trace_hours = model_flops(planner.model.lm, [length]) / (PEAK_FLOPS[gpu] * gpus) / 3600
     hours, more = traces * trace_hours / mfu, ""
     if config.objective == "dpo":  # a forward of every trace, once
@@ -228,6 +252,15 @@ def _time(
         f"{hours:.1f} hours{more} (modelled: {gpu}, {mfu:.0%} of its peak of "
         f"{PEAK_FLOPS[gpu] / 1e12:.0f} TFLOP/s, traces of {length:,} tokens {told})"
     )
+
+
+def _mfu(config: TrainConfig, num_blocks: int) -> float:
+    """Between no checkpointing's and selective's by how many blocks are computed again."""
+    none, assumed = ASSUMED_MFU["none"], ASSUMED_MFU[config.gradient_checkpointing]
+    if config.gradient_checkpointing != "selective" or num_blocks == 1:
+        return assumed
+    again = max(num_blocks - config.kept_blocks, 0) / (num_blocks - 1)
+    return 1 / (1 / none + again * (1 / assumed - 1 / none))
 
 
 def _num_examples(config: TrainConfig) -> tuple[int, str]:

@@ -42,6 +42,7 @@ from redi_kernels.scan import Scan
 
 Needs = tuple[bool, bool, bool]
 REST = 3  # blocks
+PROBE, EVERY = 16, 4  # tokens of a call, and rows: every 4th
 BF16_LOGIT = 8.0  # from this size on, logits rounded to bf16 cost at least twice what G's does
 
 
@@ -87,15 +88,20 @@ class _Sparse:
         self.dlogp_P, self.dlse_P, self.other_P = dlogp_P, dlse_P, dlse_P - dlogp_P
         self.grads = Gradients(x_NH, blocks, (needs[0], False, needs[2]))  # dW: if a block asks
         self.rows = _Rows(blocks.w_VH, blocks.acc) if needs[1] else None
-        N, V = len(x_NH), len(blocks.w_VH)
-        self.source = scan.make(blocks)
-        self.basis_HK = fast_plan.basis(x_NH, self.other_P[:N])
-        self.moments_VK = x_NH.new_zeros(V, fast_plan.MOMENTS, dtype=blocks.acc)
-        self.block_VK = self.source.e_VB.new_empty(V, fast_plan.MOMENTS)
+        self.source: scan.Int8 | scan.Full | None = None  # until some block is not exact
         self.z_VB: Tensor | None = None  # exact blocks' logits
         self.dropped_P = torch.zeros_like(self.other_P)
-        self.computed = self.resting = 0
         self.left = self.energy = torch.zeros((), dtype=torch.float64)
+        self.computed, self.resting = 0, len(x_NH) if self._is_flat() else 0
+
+    def _begin(self) -> scan.Int8 | scan.Full:
+        blocks, x_NH = self.blocks, self.blocks.x_NH
+        V, K = len(blocks.w_VH), fast_plan.MOMENTS
+        self.source = scan.make(blocks)
+        self.basis_HK = fast_plan.basis(x_NH, self.other_P[: len(x_NH)])
+        self.moments_VK = x_NH.new_zeros(V, K, dtype=blocks.acc)
+        self.block_VK = self.source.e_VB.new_empty(V, K)
+        return self.source
 
     def add(self, t: slice, x_nH: Tensor, x_BH: Tensor) -> Tensor:
         """A block; returns its logp_B."""
@@ -103,7 +109,8 @@ class _Sparse:
         if self.resting:
             self.resting -= 1
             return self._exact(t, x_nH, x_BH)
-        seen = self.source.scan(x_BH, y_B)
+        source = self.source or self._begin()
+        seen = source.scan(x_BH, y_B)
         target_B = blocks.sloped(self._target(t, seen.logp_B), seen.target_B)
         energy = target_B.double().square().sum()
         s_V = self._moments(seen, x_nH, other_B)
@@ -113,10 +120,10 @@ class _Sparse:
         found = None
         if len(active_A) <= MAX_ACTIVE * len(active_V):
             w_AH = blocks.w_VH[active_A]
-            found = self.source.find(active_A, w_AH, x_BH, y_B, other_B)
+            found = source.find(active_A, w_AH, x_BH, y_B, other_B)
         if found is None:
             self.resting = REST
-            return self._exact(t, x_nH, x_BH, self.source.stats)
+            return self._exact(t, x_nH, x_BH, source.stats)
         self.energy, self.left = self.energy + energy, self.left + left
         self.computed += len(active_A) * len(x_nH)
         self.block_VK.index_fill_(0, active_A, 0)
@@ -125,6 +132,22 @@ class _Sparse:
         target_B = blocks.sloped(self._target(t, found.logp_B), found.target_B)
         self._active(t.start, x_nH, y_B, active_A, w_AH, found.g_AB, target_B)
         return found.logp_B
+
+    def _is_flat(self) -> bool:
+        """Whether the surer half of a few tokens needs too many of some rows, were all targets as
+        unlikely as can be: then more tokens would need more."""
+        blocks, N = self.blocks, len(self.blocks.x_NH)
+        if N < 4 * PROBE:
+            return False
+        some, rows = slice(0, N // PROBE * PROBE, N // PROBE), slice(None, None, EVERY)
+        z_Rn = (blocks.w_VH[rows] @ blocks.x_NH[some].T).to(blocks.acc)
+        p_Rn = blocks.shaped(z_Rn, rows).softmax(dim=0) / EVERY
+        sure = p_Rn.square().sum(dim=0).argsort(descending=True)[: PROBE // 2]
+        energy = self.other_P[:N].double().square().mean() * len(sure) / EVERY
+        limit = self.budget * self._unit(z_Rn.amax(dim=0)) * energy.sqrt()
+        s_R = p_Rn[:, sure] @ self.other_P[some][sure].abs()
+        active_R, _ = fast_plan.active_rows(s_R, self.y_P[:0], limit)
+        return bool(active_R.sum() > MAX_ACTIVE * len(s_R))
 
     def _unit(self, z_n: Tensor) -> Tensor | float:
         """A dense implementation's error, in terms of what rounding G to bf16 costs: in bf16 it has
@@ -145,8 +168,10 @@ class _Sparse:
         if self.rows is not None and grads.dw_VH is None:
             grads.dw_VH = torch.empty_like(blocks.w_VH, dtype=blocks.acc)
         if self.z_VB is None:
-            e_VB = self.source.e_VB
-            self.z_VB = e_VB if e_VB.dtype == x_nH.dtype else blocks.buffer(len(e_VB))
+            e_VB = None if self.source is None else self.source.e_VB
+            if e_VB is None or e_VB.dtype != x_nH.dtype:
+                e_VB = blocks.buffer(len(blocks.w_VH))
+            self.z_VB = e_VB
         if stats is None:
             keep = x_nH.dtype == blocks.acc  # else exp would be rounded twice
             stats = blocks.statistics(blocks.logits(x_BH, self.z_VB), y_B, keep=keep)
@@ -198,15 +223,18 @@ class _Sparse:
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Report]:
         """Puts the tail back, rounds once."""
         grads, blocks = self.grads, self.blocks
-        N, scale = len(blocks.x_NH), blocks.head.logit_scale
-        lost_N = (self.dropped_P * self.other_P)[:N]
-        args = self.moments_VK, self.basis_HK, lost_N, blocks.w_VH, scale
-        fast_plan.put_back(*args, grads.dx_NH, None, grads.db_V)
-        if self.rows is not None:
-            q_HK = F.pad(self.basis_HK.to(blocks.acc) * scale, (2, 0))  # the signs are no part of X
-            grads.dw_VH = self._dw(q_HK.T)
-        V, dropped_N = len(blocks.w_VH), self.dropped_P[:N]
-        report = fast_plan.report(dropped_N, self.computed, V, self.left, self.energy)
+        N, V, scale = len(blocks.x_NH), len(blocks.w_VH), blocks.head.logit_scale
+        if self.source is not None:
+            lost_N = (self.dropped_P * self.other_P)[:N]
+            args = self.moments_VK, self.basis_HK, lost_N, blocks.w_VH, scale
+            fast_plan.put_back(*args, grads.dx_NH, None, grads.db_V)
+            if self.rows is not None:
+                # the signs are no part of X
+                q_HK = F.pad(self.basis_HK.to(blocks.acc) * scale, (2, 0))
+                grads.dw_VH = self._dw(q_HK.T)
+        elif self.rows is not None and grads.dw_VH is None:  # no token at all
+            grads.dw_VH = torch.zeros_like(blocks.w_VH)
+        report = fast_plan.report(self.dropped_P[:N], self.computed, V, self.left, self.energy)
         return *grads.result(), report
 
     def _dw(self, q_KH: Tensor) -> Tensor:

@@ -66,11 +66,19 @@ def test_what_checkpointing_keeps(tmp_path, how):
 
 
 @pytest.mark.parametrize(
-    ("how", "attentions", "mlps"), [("none", 3, 3), ("selective", 3, 5), ("full", 6, 6)]
+    ("how", "attentions", "mlps"),
+    [
+        ({"gradient_checkpointing": "none"}, 3, 3),
+        ({"gradient_checkpointing": "selective"}, 3, 5),
+        ({"gradient_checkpointing": "selective", "kept_blocks": 0}, 3, 6),
+        ({"gradient_checkpointing": "selective", "kept_blocks": 2}, 3, 4),
+        ({"gradient_checkpointing": "selective", "kept_blocks": 99}, 3, 3),
+        ({"gradient_checkpointing": "full"}, 6, 6),
+    ],
 )
 def test_what_is_computed_again(tmp_path, how, attentions, mlps):
-    """Of three blocks; selective spares attention, and all of the last block."""
-    model = load_model(config(tmp_path, gradient_checkpointing=how))
+    """Of three blocks; selective spares attention, and all of the last block or of more."""
+    model = load_model(config(tmp_path, **how))
     calls = Counter()
     for layer in model.lm.model.layers:
         layer.mlp.register_forward_pre_hook(lambda *_: calls.update(["mlp"]))
@@ -90,6 +98,11 @@ def _traces(folder):
     settings = config(folder)
     data = load_data(settings, load_tokenizer(settings))
     return [trace for example in data.traces for trace in example]
+
+
+def test_kept_blocks_without_selective_is_an_error(tmp_path):
+    with pytest.raises(RediError, match="kept_blocks: only with gradient_checkpointing: selective"):
+        config(tmp_path, gradient_checkpointing="full", kept_blocks=2)
 
 
 def test_users_of_transformers_write_true(tmp_path):

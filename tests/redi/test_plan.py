@@ -82,6 +82,21 @@ def test_one_change_that_makes_it_fit(paper):
     assert remedies[0] in verdict
 
 
+def test_spare_memory_can_keep_blocks(paper):
+    planner, limit = Planner(paper), 80e9
+    kept = planner.kept_blocks(8, limit)
+    assert 1 < kept < 28
+    kept_by = lambda n: paper.model_copy(update={"kept_blocks": n})
+    memory = planner.memory(8, kept_by(kept))
+    assert memory.needed <= limit < planner.memory(8, kept_by(kept + 1)).needed
+    room = f"room for kept_blocks: {kept} ({memory.needed / GIB:.1f} GiB)"
+    assert room in dict(_memory(planner, 8, 80))["  verdict"]
+    assert "room" not in dict(_memory(Planner(kept_by(kept)), 8, 80))["  verdict"]
+    assert planner.kept_blocks(8, 1e15) == 28
+    remedies = Planner(kept_by(28)).remedies(8, limit)
+    assert remedies[0].startswith("kept_blocks: 1 (")
+
+
 def test_text_says_whether_it_fits_and_how_long(paper):
     text = describe(paper, gpus=8, gpu_memory=80, mean_length=5000)
     assert "fits: " in text
@@ -102,6 +117,9 @@ def test_time_is_the_work_over_what_the_cards_do(paper):
     assert hours(gpus=2, gpu="H100") == pytest.approx(work / (0.32 * 2 * 989e12), abs=0.06)
     sft = hours(gpus=1, gpu="A100", objective="sft", gradient_checkpointing="none")
     assert sft == pytest.approx(work / 2 / (0.40 * 312e12), abs=0.06)
+    mixed = 1 / 0.40 + 14 / 27 * (1 / 0.32 - 1 / 0.40)  # selective computes 27 of 28 again
+    kept = hours(gpus=1, gpu="A100", kept_blocks=14)
+    assert kept == pytest.approx(work * mixed / 312e12, abs=0.06)
     assert "traces of 6,600 tokens assumed: a third of max_length" in describe(paper)
 
 

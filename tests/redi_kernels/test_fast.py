@@ -263,12 +263,16 @@ FLAT = {**HEADS, "capped": {"softcap": 0.5}}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head", FLAT)
 def test_flat_text_is_done_exactly(dtype: torch.dtype, head: str, monkeypatch) -> None:
-    """And most of its blocks without asking: the first, and the fifth after a rest of three."""
+    """Without asking any block; where a few tokens do not tell, most of them: the first is asked,
+    and the fifth after a rest of three."""
     moments, asked = fast._Sparse._moments, []
     monkeypatch.setattr(fast._Sparse, "_moments", lambda *a: (asked.append(a), moments(*a))[1])
     options = FLAT[head]
     problem = make_problem(400, 300, 32, dtype=dtype, peak=0.3, **options)
     (got, report), (exact, _) = fused(problem, 2.0), fused(problem, 0)
+    assert not asked and torch.equal(got.dw_VH, exact.dw_VH)
+    monkeypatch.setattr(fast, "PROBE", 1 << 20)
+    got, report = fused(problem, 2.0)
     assert len(asked) == 2
     assert report.active == 1 and report.error == 0 and not report.dropped_T.any()
     assert torch.equal(got.logp_T, exact.logp_T)
