@@ -22,7 +22,7 @@ class Job:
     objective: str  # sft, redi, dpo, simpo
     trainer: str  # redi, or what TRL is to do: trl, trl packed
     micro_batch: int  # TRL: pairs (or traces) a forward; redi: tokens a forward
-    checkpointing: str  # none, full; redi has selective too
+    checkpointing: str  # none, full; redi has selective too, and with how many blocks kept
     batch: int  # pairs a step
     steps: int
 
@@ -36,6 +36,7 @@ def redi(job: Job, watch: Callable[[Any], Callable[[], None]]) -> None:
         def on_step_end(self, state: Any) -> None:
             on_step_end()
 
+    how, _, kept = job.checkpointing.partition(", ")
     settings = {
         "model_name_or_path": str(job.folder / "model"),
         "dataset_name": str(job.folder / "pairs.jsonl"),
@@ -43,10 +44,12 @@ def redi(job: Job, watch: Callable[[Any], Callable[[], None]]) -> None:
         "objective": job.objective,
         "train_batch_size": job.batch,
         "max_tokens_per_batch": job.micro_batch,
-        "gradient_checkpointing": job.checkpointing,
+        "gradient_checkpointing": how,
         "max_steps": job.steps,
         "save_steps": 10**9,
     }
+    if kept:
+        settings["kept_blocks"] = int(kept.split()[0])
     load: Callable[..., PackedLM] = redi.train.load_model
     on_step_end: Callable[[], None]
 
