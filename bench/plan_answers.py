@@ -41,7 +41,8 @@ def main() -> None:
             memory, limit = planner.memory(gpus), gb * 1e9
             cells = [memory.state, memory.gathered, memory.activations, memory.needed]
             if memory.needed <= limit:
-                verdict = "fits"
+                kept = planner.kept_blocks(gpus, limit) if checkpointing == "selective" else 1
+                verdict = "fits" + (f", with kept_blocks: {kept} too" if kept > 1 else "")
             else:
                 remedies = planner.remedies(gpus, limit)
                 verdict = "no; would do: " + ", ".join(remedies) if remedies else "no"
