@@ -17,7 +17,9 @@ the device once, unless the caller knows it (`num_valid`); nothing else here doe
 targets raise on CPU and trip a device-side assertion on a GPU.
 """
 
+import functools
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -251,6 +253,18 @@ def _refuse_double_backward() -> None:
 
 # ------------------------------------------------------------------------------- custom operators
 
+
+def _as_given(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Inputs were cast at the door; autocast must not round what is computed from them."""
+
+    @functools.wraps(kernel)
+    def run(x_TH: Tensor, *args: Any) -> Any:
+        with torch.autocast(x_TH.device.type, enabled=False):
+            return kernel(x_TH, *args)
+
+    return run
+
+
 _HEAD = (
     "Tensor? bias, float? softcap, float logit_scale, int ignore_index, SymInt? num_valid, "
     "float tolerance, str backend"
@@ -263,6 +277,7 @@ _NEEDS = "bool need_x, bool need_w, bool need_bias"
     mutates_args=(),
     schema=f"(Tensor x, Tensor w, Tensor y, {_HEAD}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
+@_as_given
 def _logprobs(x_TH, w_VH, y_T, bias, softcap, logit_scale, ignore_index, num_valid, _, backend):
     valid = _Valid(y_T, ignore_index, num_valid, len(w_VH))
     head = Head(bias, softcap, logit_scale)
@@ -276,6 +291,7 @@ def _logprobs(x_TH, w_VH, y_T, bias, softcap, logit_scale, ignore_index, num_val
     schema="(Tensor x, Tensor w, Tensor y, Tensor logp, Tensor lse, Tensor dlogp, Tensor dlse, "
     f"{_HEAD}, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+@_as_given
 def _logprobs_backward(
     x_TH, w_VH, y_T, logp_T, lse_T, dlogp_T, dlse_T, bias, softcap, logit_scale, ignore_index,
     num_valid, tolerance, backend, need_x, need_w, need_bias,
@@ -300,6 +316,7 @@ def _logprobs_backward(
     schema=f"(Tensor x, Tensor w, Tensor y, Tensor weight, {_HEAD}, {_NEEDS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+@_as_given
 def _weighted(
     x_TH, w_VH, y_T, weight_T, bias, softcap, logit_scale, ignore_index, num_valid, tolerance,
     backend, need_x, need_w, need_bias,

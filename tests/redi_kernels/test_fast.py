@@ -368,6 +368,23 @@ def test_frozen_ignored_and_empty_inputs() -> None:
     assert nothing.active == 0 and torch.equal(nothing.dropped_T, torch.zeros(len(x_TH)))
 
 
+def test_autocast_casts_the_inputs_and_nothing_else() -> None:
+    problem = text(bias=True)
+    bias = problem.head.bias_V
+    bf16 = replace(problem, x_TH=problem.x_TH.bfloat16(), w_VH=problem.w_VH.bfloat16())
+    (want, report), grads = fused(bf16, 2.0), []
+    leaves = [t.clone().requires_grad_() for t in (problem.x_TH, problem.w_VH)]
+    with torch.autocast("cpu", torch.bfloat16):
+        args = *leaves, problem.y_T, problem.dlogp_T, bias
+        total, logp_T, got = weighted_logprobs(*args, tolerance=2.0)
+        grads.append(torch.autograd.grad(total, leaves))
+        out = token_logprobs(*leaves, problem.y_T, bias=bias, tolerance=2.0)
+        grads.append(torch.autograd.grad((out.logp_T * problem.dlogp_T).sum(), leaves))
+    assert torch.equal(logp_T, want.logp_T) and got.active == report.active == out.fast.active
+    for dx_TH, dw_VH in grads:
+        assert torch.equal(dx_TH, want.dx_TH.float()) and torch.equal(dw_VH, want.dw_VH.float())
+
+
 def test_compiled_equals_eager() -> None:
     problem = text()
     loss = lambda x, w: sft_loss(x, w, problem.y_T, num_tokens=300, tolerance=2.0).loss
