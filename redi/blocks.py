@@ -53,8 +53,8 @@ def checkpoint_activations(lm: Any, how: str, kept_blocks: int) -> None:
 
     `full`: that input only. `offload`: it is kept in (on CUDA: pinned) host memory. `selective`:
     attention's output too, so that attention, as costly as the weights at 30,000 tokens, is not
-    computed again; nor are the last `kept_blocks`: one, whose backward follows at once, costs no
-    memory, more of them trade it for time.
+    computed again; nor are the last `kept_blocks`: one, whose backward follows at once, costs
+    little, more of them trade memory for time.
     """
     options: dict[str, Any] = {"use_reentrant": False}
     if how == "selective":

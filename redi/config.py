@@ -358,7 +358,7 @@ class TrainConfig(Strict):
 
     @model_validator(mode="after")
     def _kept_blocks_have_effect(self) -> "TrainConfig":
-        if "kept_blocks" in self.model_fields_set and self.gradient_checkpointing != "selective":
+        if self.kept_blocks != 1 and self.gradient_checkpointing != "selective":
             raise ValueError("kept_blocks: only with gradient_checkpointing: selective")
         return self
 

@@ -85,7 +85,7 @@ class Planner:
             share = (min(kept, blocks) - 1) / (blocks - 1)
             pairs = zip(vars(one).values(), vars(every).values(), strict=True)
             return Bytes(*(round(a + share * (b - a)) for a, b in pairs))
-        key = (tokens, checkpointing, kept)
+        key = (tokens, checkpointing, kept if checkpointing == "selective" else 0)
         if key not in self.rehearsed:
             longest = min(config.max_length, tokens)
             rest = tokens % longest
@@ -104,10 +104,14 @@ class Planner:
         tried: list[tuple[str, int, dict[str, Any]]] = []
         kinds = list(ASSUMED_MFU)  # each keeps less than the one before
         thriftier = kinds[kinds.index(self.config.gradient_checkpointing) + 1 :]
-        recompute = [(f"gradient_checkpointing: {how}", gpus, {"gradient_checkpointing": how})
+        kept = self.config.kept_blocks
+        also = "" if kept == 1 else ", kept_blocks: 1"
+        recompute = [(f"gradient_checkpointing: {how}{also}", gpus,
+                      {"gradient_checkpointing": how, "kept_blocks": 1})
                      for how in thriftier]  # fmt: skip
-        if self.config.kept_blocks > 1:
-            tried.append(("kept_blocks: 1", gpus, {"kept_blocks": 1}))
+        fewer = self.kept_blocks(gpus, limit) if kept else kept
+        if fewer < kept:
+            tried.append((f"kept_blocks: {fewer}", gpus, {"kept_blocks": fewer}))
         tried += recompute[:-1]
         smaller = max(self.config.max_tokens_per_batch // 2, self.config.max_length)
         if smaller < tokens_per_pack(self.config):
@@ -125,13 +129,10 @@ class Planner:
         return found
 
     def kept_blocks(self, gpus: int, limit: float) -> int:
-        """The most blocks that could keep all their activations, in spare memory."""
-        most = self.model_config.num_hidden_layers
-        needs = lambda kept: (
-            self.memory(gpus, self.config.model_copy(update={"kept_blocks": kept})).needed
-        )
-        each = (needs(most) - needs(1)) / max(most - 1, 1)
-        return min(1 + int((limit - needs(1)) / each), most) if each else most
+        """The most blocks that could keep all their activations within the limit."""
+        counts = range(self.model_config.num_hidden_layers, 0, -1)
+        variant = lambda kept: self.config.model_copy(update={"kept_blocks": kept})
+        return next((k for k in counts if self.memory(gpus, variant(k)).needed <= limit), 0)
 
 
 @dataclass(frozen=True)

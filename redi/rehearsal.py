@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from redi_kernels import cpu
+from redi_kernels import cpu, scan
 from redi_kernels.triton.config import Config
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -157,6 +157,8 @@ def _workspace(x_TH: Tensor, w_VH: Tensor, options: dict[str, Any], cuda: bool) 
         return Config.slab_bytes + accumulator + rows
     B = cpu._power_of_two(cpu.BUFFER_BYTES // (V * dtype.itemsize), *cpu.BLOCK_TOKENS)
     groups = 1 if options.get("softcap") is None else 3
+    if options.get("tolerance"):  # the weights in int8, a tile of logits as integers and floats
+        accumulator += w_VH.numel() + 2 * scan.TILE_BYTES
     return B * V * dtype.itemsize + groups * cpu.GROUP_BYTES + accumulator + rows
 
 

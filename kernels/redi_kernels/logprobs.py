@@ -91,7 +91,7 @@ def token_logprobs(
             for the GPU. A wrong number raises as a wrong target does.
         tolerance: 0 is exact. Above, gradients may have this many times the RMS error of a dense
             bf16 implementation, and cost less: docs/fast-mode.md. Not for fp16. Here log-probs stay
-            exact; the fused losses' may be off by a few 1e-4 on a CPU.
+            exact; the fused losses' may be off by a tenth of the report's `dropped_T` on a CPU.
         backend: None picks triton on CUDA, blocked torch ("cpu") elsewhere; "reference" is the
             textbook with full logits.
 

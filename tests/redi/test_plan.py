@@ -94,7 +94,12 @@ def test_spare_memory_can_keep_blocks(paper):
     assert "room" not in dict(_memory(Planner(kept_by(kept)), 8, 80))["  verdict"]
     assert planner.kept_blocks(8, 1e15) == 28
     remedies = Planner(kept_by(28)).remedies(8, limit)
-    assert remedies[0].startswith("kept_blocks: 1 (")
+    assert remedies[0] == f"kept_blocks: {kept} ({memory.needed / GIB:.1f} GiB)"
+    assert remedies[1].startswith("gradient_checkpointing: full, kept_blocks: 1 (")
+    needs = [planner.memory(8, kept_by(n)).needed for n in (0, 1)]
+    between = Planner(kept_by(0)), 8, sum(needs) / 2 / 1e9
+    assert "room" not in dict(_memory(*between))["  verdict"]
+    assert Planner(kept_by(1)).remedies(8, sum(needs) / 2)[0].startswith("kept_blocks: 0 (")
 
 
 def test_text_says_whether_it_fits_and_how_long(paper):

@@ -110,6 +110,7 @@ HEADS = {
     "plain": {},
     "bias": {"bias": True},
     "all": {"bias": True, "softcap": 60.0, "logit_scale": 1.1},
+    "capped": {"softcap": 10.0, "logit_scale": 2.5, "likely": 0.1},
 }
 
 
@@ -209,6 +210,47 @@ def test_where_int8_is_no_good_the_block_is_exact(dtype: torch.dtype, source: st
     assert report.active == 1 and not report.dropped_T.any()
     for name in ("logp_T", "dx_TH", "dw_VH", "db_V"):
         assert torch.equal(getattr(got, name), getattr(exact, name)), name
+
+
+@pytest.mark.parametrize("likely", [0.2, 0.25, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_the_model_is_sure(dtype: torch.dtype, likely: float, source: str) -> None:
+    """0.03 to 3e-5 nats a token: 1 - p of a target is far below the error of its coarse logit."""
+    problem = text(dtype, likely=likely)
+    truth, exact = textbook(problem.double()), fused(problem, 0)[0]
+    got, report = fused(problem, 2.0)
+    assert 0.02 < report.active < 0.1
+    mine, dense = (errors(r.dx_TH, truth.dx_TH).rms for r in (got, exact))
+    assert mine <= (1.1 * dense**2 + (2 * ROUNDING) ** 2) ** 0.5
+    if dtype == torch.float32:
+        assert mine < report.error
+    if dtype == torch.bfloat16 and source == "int8":  # whose active logits are fp32
+        assert mine < dense
+
+
+@pytest.mark.parametrize("source", ["int8"], indirect=True)
+def test_a_token_that_int8_misreads_is_not_lost_in_the_mean(source: str) -> None:
+    """Its block is done exactly, and the three after it; the others as ever."""
+    problem = text()
+    t = int((problem.y_T >= 0).nonzero()[70])
+    problem.x_TH[t, 3] = 400.0  # its largest element leaves few steps to the others
+    (got, report), (exact, _) = fused(problem, 2.0), fused(problem, 0)
+    assert 0.5 < report.active < 1
+    assert abs(got.logp_T[t] - exact.logp_T[t]) < 1e-4
+    assert errors(got.dx_TH, exact.dx_TH).rms < 2 * ROUNDING
+
+
+@pytest.mark.parametrize("source", ["int8"], indirect=True)
+def test_what_overflows_is_done_exactly(source: str) -> None:
+    """The target and all of the first tile are 80 to 120 nats below the top."""
+    problem = text(bias=True)
+    problem.head.bias_V[:512] -= torch.linspace(80, 120, 512)
+    problem.y_T[problem.y_T >= 0] = problem.y_T[problem.y_T >= 0] % 2400 + 600
+    problem.y_T[(problem.y_T >= 0).nonzero()[5]] = 7
+    (got, _), (exact, _) = fused(problem, 2.0), fused(problem, 0)
+    for name in ("logp_T", "dx_TH", "dw_VH", "db_V"):
+        assert getattr(got, name).isfinite().all(), name
+    assert errors(got.dx_TH, exact.dx_TH).rms < 2 * ROUNDING
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
