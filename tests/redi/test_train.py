@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import yaml
 from poison import poisoned
 from safetensors.torch import load_file
 
@@ -95,6 +96,8 @@ def test_model_folder_is_an_ordinary_one(straight):
     card = (folder / "README.md").read_text()
     assert "alpha: 0.8" in card
     assert "2505.24850" in card
+    recipe = card.split("```yaml\n")[1].split("```")[0]
+    make_config(TrainConfig, yaml.safe_load(recipe), "the card")  # it can be run again
 
 
 def test_same_seed_same_bits(straight, tmp_path):

@@ -229,6 +229,28 @@ def test_where_the_model_is_sure(dtype: torch.dtype, likely: float, source: str)
 
 
 @pytest.mark.parametrize("source", ["int8"], indirect=True)
+def test_int8_knows_what_it_must_not_trust(source: str) -> None:
+    """One token whose logits it got wrong, or whose sum overflowed; padding may be anything."""
+    problem = text(T=50)
+    blocks = cpu.Blocks(problem.x_TH, problem.w_VH, problem.head)
+    _, x_nH, x_BH = next(iter(blocks))
+    y_B, other_B = blocks.pad(problem.y_T.clamp(min=0)), torch.ones(blocks.B)
+    active_A = y_B.unique()
+    look = scan.Int8(blocks)
+
+    def found(spoil: Callable[[], object] = lambda: None) -> bool:
+        look.scan(x_BH, y_B)
+        spoil()
+        args = active_A, problem.w_VH[active_A], x_BH, y_B, other_B, len(x_nH)
+        return look.find(*args) is not None
+
+    assert blocks.B > len(x_nH) == 50 and found()
+    assert not found(lambda: look.sum_B[49].fill_(torch.inf))
+    assert not found(lambda: look.x8_BH[49].neg_())
+    assert found(lambda: (look.sum_B[50].fill_(torch.inf), look.x8_BH[50].neg_()))
+
+
+@pytest.mark.parametrize("source", ["int8"], indirect=True)
 def test_a_token_that_int8_misreads_is_not_lost_in_the_mean(source: str) -> None:
     """Its block is done exactly, and the three after it; the others as ever."""
     problem = text()
