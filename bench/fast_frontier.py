@@ -28,7 +28,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from redi_kernels import fast, fast_plan
+from redi_kernels import cpu, fast, fast_plan, scan
+from redi_kernels.head import Head
 from redi_kernels.logprobs import weighted_logprobs
 from torch import Tensor
 
@@ -185,6 +186,21 @@ def library(truth: Truth, tolerance: float, dtype: torch.dtype) -> tuple[tuple, 
     return (name, f, cost, got, never_V), says
 
 
+def looks(truth: Truth) -> str:
+    """RMS errors of logits: of fast mode's int8, of int8 as it comes, and of bf16."""
+    blocks = cpu.Blocks(truth.x, truth.w, Head(None, None, 1.0))
+    _, x_nH, x_BH = next(iter(blocks))
+    z_Vn = truth.w @ x_nH.T
+    int8 = scan.Int8(blocks)
+    seen = int8.scan(x_BH, truth.y[: blocks.B])
+    off = {"int8": seen.e_VB.float().log() + int8.shift_B / scan.LOG2_E - z_Vn}
+    w8, x8 = (v8 * step for v8, step in map(scan._int8, (truth.w.clone(), x_nH.clone())))
+    off["int8 as it comes"] = w8 @ x8.T - z_Vn
+    off["bf16"] = (truth.w.bfloat16() @ x_nH.bfloat16().T).float() - z_Vn
+    errors = (f"{name} {error.square().mean().sqrt():.3f}" for name, error in off.items())
+    return "logits off by: " + ", ".join(errors)
+
+
 HEADER = """
 | {source}, {nll:.2f} nats | f | cost / U | dX | max | bias | dW \
 | Adam: targets | active | never | cos | zero rows |
@@ -221,7 +237,9 @@ def main() -> None:
             show(*form)
             remarks.append(says)
         dx, dw, bias = truth.unit
-        print(f"\nbf16: dX {dx:.1e}, dW {dw:.1e}, bias {bias:.1e}", *remarks, sep="\n")
+        print(
+            f"\nbf16: dX {dx:.1e}, dW {dw:.1e}, bias {bias:.1e}", *remarks, looks(truth), sep="\n"
+        )
         tables.append((f"{truth.source}, {truth.nll:.2f} nats", points))
     if args.plot:
         plot(tables, args.plot)
