@@ -62,10 +62,10 @@ class Case:
     ours: str = "selective"
 
 
-KEPT = "2 blocks kept"  # the memory that TRL's half leaves, spent on speed
+KEPT = "3 blocks kept"  # the memory that TRL's half leaves, spent on speed
 CASES = {
     "paper lengths": Case(),
-    KEPT: Case(ours="selective, 2 kept"),
+    KEPT: Case(ours="selective, 3 kept"),
     "full checkpointing in both": Case(ours="full"),
     "no checkpointing": Case(checkpointing="none", ours="none"),
     "equal lengths": Case(equal=True),
