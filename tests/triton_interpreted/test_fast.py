@@ -20,10 +20,12 @@ HEADS = {"plain": {}, "all": {"bias": True, "softcap": 60.0, "logit_scale": 1.1}
 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
-    """And a CPU that sees all logits in full and, as a GPU, rounds none of them to bf16."""
+    """And a CPU that sees all logits in full and, as a GPU, rounds none of them to bf16 and asks
+    every block."""
     monkeypatch.setattr(cpu, "BLOCK_TOKENS", (16, BLOCK))
     monkeypatch.setattr(scan, "_pays", lambda x_NH: False)
     monkeypatch.setattr(fast, "BF16_LOGIT", torch.inf)
+    monkeypatch.setattr(fast, "PROBE", 1 << 20)
     _configure(monkeypatch, tma=False)
 
 
