@@ -43,9 +43,7 @@ from redi_kernels.scan import Scan
 Needs = tuple[bool, bool, bool]
 REST = 3  # blocks
 PROBE, EVERY = 16, 4  # tokens of a call, and rows: every 4th
-FLAT = (
-    0.15  # of the rows, for half of those tokens: real texts need 0.09 at most, random states 0.2
-)
+FLAT = 0.15  # of the rows, for half of those tokens: real texts need 0.09, random states 0.2
 BF16_LOGIT = 8.0  # from this size on, logits rounded to bf16 cost at least twice what G's does
 
 

@@ -20,7 +20,7 @@ from redi.train import train
 
 @pytest.mark.parametrize(
     "case",
-    [("qwen3", 512, "selective", False), ("gemma2", 512, "full", False)],
+    [("qwen3", 512, "selective, 3 kept", False), ("gemma2", 512, "full", False)],
     ids=lambda case: case[0],
 )
 def test_foreseen_within_a_tenth_of_counted(case):
