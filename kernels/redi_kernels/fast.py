@@ -91,6 +91,7 @@ class _Sparse:
         self.rows = _Rows(blocks.w_VH, blocks.acc) if needs[1] else None
         self.source: scan.Int8 | scan.Full | None = None  # until some block is not exact
         self.z_VB: Tensor | None = None  # exact blocks' logits
+        self.dw_VH: Tensor | None = None  # the result; until then its memory is lent to blocks
         self.dropped_P = torch.zeros_like(self.other_P)
         self.left = self.energy = torch.zeros((), dtype=torch.float64)
         self.computed, self.resting = 0, len(x_NH) if self._is_flat() else 0
@@ -98,7 +99,9 @@ class _Sparse:
     def _begin(self) -> scan.Int8 | scan.Full:
         blocks, x_NH = self.blocks, self.blocks.x_NH
         V, K = len(blocks.w_VH), fast_plan.MOMENTS
-        self.source = scan.make(blocks)
+        if self.rows is not None and x_NH.dtype != blocks.acc:  # fp32: exact blocks need it sooner
+            self.dw_VH = torch.empty_like(blocks.w_VH)
+        self.source = scan.make(blocks, self.dw_VH)
         self.basis_HK = fast_plan.basis(x_NH, self.other_P[: len(x_NH)])
         self.moments_VK = x_NH.new_zeros(V, K, dtype=blocks.acc)
         self.block_VK = self.source.e_VB.new_empty(V, K)
@@ -196,6 +199,8 @@ class _Sparse:
         for rows, scale_B in seen.scales:
             scaled_nK = ((scale_B * other_B)[:n, None] * f_nK).to(seen.e_VB.dtype)
             torch.mm(seen.e_VB[rows, :n], scaled_nK, out=self.block_VK[rows])
+        if seen.factor_V1 is not None:
+            self.block_VK.mul_(seen.factor_V1)
         return (self.block_VK[:, 0] - self.block_VK[:, 1]).to(acc)
 
     def _active(
@@ -241,11 +246,12 @@ class _Sparse:
     def _dw(self, q_KH: Tensor) -> Tensor:
         """The tail of all rows, and what was computed of some or of whole blocks."""
         assert self.rows is not None
-        dw_VH, moments_VK, w_VH = self.grads.dw_VH, self.moments_VK, self.blocks.w_VH
+        dw_VH, moments_VK, dtype = self.grads.dw_VH, self.moments_VK, self.blocks.w_VH.dtype
+        self.source = self.z_VB = None
         if dw_VH is not None:
-            dw_VH.addmm_(moments_VK, q_KH)
-            return dw_VH.index_add_(0, self.rows.index, self.rows.sums)
-        dw_VH = moments_VK.to(w_VH.dtype) @ q_KH.to(w_VH.dtype)
+            dw_VH.addmm_(moments_VK, q_KH).index_add_(0, self.rows.index, self.rows.sums)
+            return dw_VH if self.dw_VH is None else self.dw_VH.copy_(dw_VH)
+        dw_VH = torch.mm(moments_VK.to(dtype), q_KH.to(dtype), out=self.dw_VH)
         for index, sum_AH in zip(
             self.rows.index.split(ROWS), self.rows.sums.split(ROWS), strict=True
         ):

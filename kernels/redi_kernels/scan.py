@@ -35,6 +35,8 @@ TOKENS, EVERY = 2048, 16  # enough of x, and every 16th row of w, to know their 
 ROWS = 512  # of w made int8 at a time: what fits the cache
 TILE_BYTES = 4 << 20  # of int32 logits
 LEVELS = 127
+SPREAD = 60.0  # bits
+LEAST = 2.0**-100  # sum of a token's e: below it elements that matter may have underflowed
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Scan:
     scales: list[tuple[slice, Tensor]]  # per group of rows, what turns e into probabilities [B]
     logp_B: Tensor
     target_B: Tensor  # the target's logit
+    factor_V1: Tensor | None = None  # of e's rows
 
 
 @dataclass
@@ -57,8 +60,9 @@ class Found:
     dropped_B: Tensor  # mass outside, times the cap's slope there
 
 
-def make(blocks: Blocks) -> "Int8 | Full":
-    return Int8(blocks) if _pays(blocks.x_NH) else Full(blocks)
+def make(blocks: Blocks, memory: Tensor | None) -> "Int8 | Full":
+    """`memory` is lent until the last block is done."""
+    return Int8(blocks, memory) if _pays(blocks.x_NH) else Full(blocks, memory)
 
 
 def _pays(x_NH: Tensor) -> bool:
@@ -75,8 +79,8 @@ def _has(probe: str) -> bool:
 class Full:
     """Logits in the weights' dtype: log-probs are exact mode's, to the bit."""
 
-    def __init__(self, blocks: Blocks) -> None:
-        self.blocks, self.e_VB = blocks, blocks.buffer(len(blocks.w_VH))
+    def __init__(self, blocks: Blocks, memory: Tensor | None) -> None:
+        self.blocks, self.e_VB = blocks, _buffer(blocks, blocks.x_NH.dtype, memory)
         self.stats: Statistics | None = None
 
     def scan(self, x_BH: Tensor, y_B: Tensor) -> Scan:
@@ -98,18 +102,22 @@ class Full:
 
 
 class Int8:
-    """Coarse logits; those of active rows in the weights' dtype."""
+    """Coarse logits; those of active rows in the weights' dtype.
+
+    A row's offset, w m and its bias, goes into a factor of all of its e where no cap is in the way:
+    two passes over the logits less than if it were added, and a maximum subtracted. SPREAD keeps
+    factors in range; what is left of a lower offset is added.
+    """
 
     stats = None  # nothing that exact mode could go on from
 
-    def __init__(self, blocks: Blocks) -> None:
+    def __init__(self, blocks: Blocks, memory: Tensor | None) -> None:
         self.blocks, head, w_VH = blocks, blocks.head, blocks.w_VH
         narrow = _has("_is_avx512_bf16_supported")  # e goes through one matmul more
         V, dtype = len(w_VH), torch.bfloat16 if narrow else blocks.x_NH.dtype
-        self.e_VB = w_VH.new_empty(V, blocks.B, dtype=dtype)
+        self.e_VB = _buffer(blocks, dtype, memory)
         tile = min(TILE_BYTES // (4 * blocks.B), V)
         self.z_tB = w_VH.new_empty(tile, blocks.B, dtype=torch.int32)
-        self.f_tB = torch.empty_like(self.z_tB, dtype=blocks.acc)
         x_NH = blocks.x_NH[:: max(len(blocks.x_NH) // TOKENS, 1)].to(blocks.acc)
         self.mean_H = x_NH.mean(dim=0)
         spread_H = (x_NH - self.mean_H).square().mean(dim=0).sqrt()
@@ -117,41 +125,49 @@ class Int8:
         ratio_H = (spread_H / size_H).sqrt()
         self.ratio_H = ratio_H.where(ratio_H.isfinite() & (ratio_H > 0), 1)
         self.w8_VH = torch.empty_like(w_VH, dtype=torch.int8)
-        self.step_V1, self.offset_V1 = (w_VH.new_empty(V, 1, dtype=blocks.acc) for _ in range(2))
+        self.step_V1, offset_V1 = (w_VH.new_empty(V, 1, dtype=blocks.acc) for _ in range(2))
         for v in range(0, V, ROWS):
             rows = slice(v, v + ROWS)
             w_RH = w_VH[rows].to(blocks.acc)
-            self.offset_V1[rows, 0] = w_RH @ self.mean_H
-            self.w8_VH[rows], self.step_V1[rows] = _int8(w_RH * self.ratio_H)
+            offset_V1[rows, 0] = w_RH @ self.mean_H
+            self.w8_VH[rows], self.step_V1[rows] = _levels(w_RH * self.ratio_H)
         # logits are counted in bits, or in units of the cap
         unit = LOG2_E if head.softcap is None else 1 / head.softcap
         self.step_V1.mul_(head.logit_scale * unit)
-        self.offset_V1.mul_(head.logit_scale * unit)
+        offset_V1.mul_(head.logit_scale * unit)
         if blocks.bias_V is not None:
-            self.offset_V1.add_(blocks.bias_V[:, None], alpha=unit)
+            offset_V1.add_(blocks.bias_V[:, None], alpha=unit)
+        self.added_V1, self.taken_V1 = offset_V1, torch.zeros_like(offset_V1)
+        if head.softcap is None:
+            top = offset_V1.amax()
+            self.added_V1 = (offset_V1 - top + SPREAD).clamp_(max=0)
+            self.taken_V1 = offset_V1.clamp_(min=top - SPREAD)
+        self.shift = self.taken_V1.amax()
+        self.factor_V1 = (self.taken_V1 - self.shift).exp2_()
+        self.adds = bool(self.added_V1.any())
 
     def scan(self, x_BH: Tensor, y_B: Tensor) -> Scan:
         blocks, acc, V = self.blocks, self.blocks.acc, len(self.e_VB)
-        self.x8_BH, step_B1 = _int8((x_BH.to(acc) - self.mean_H).div_(self.ratio_H))
-        self.step_B = step_B1[:, 0]
-        target_B = (x_BH.to(acc) * blocks.w_VH[y_B]).sum(dim=1)
+        x_BH = x_BH.to(acc)
+        level_BH, step_B1 = _levels((x_BH - self.mean_H).div_(self.ratio_H))
+        self.x8_BH, self.step_B = level_BH.to(torch.int8), step_B1[:, 0]
+        target_B = (x_BH * blocks.w_VH[y_B]).sum(dim=1)
         target_B = blocks.shaped(target_B[None], y_B[None])[0]
         self.sum_B = self.kept_B = torch.zeros_like(target_B)
         for v in range(0, V, len(self.z_tB)):
             rows = slice(v, min(v + len(self.z_tB), V))
-            z_RB, f_RB = (buffer[: rows.stop - v] for buffer in (self.z_tB, self.f_tB))
+            z_RB = self.z_tB[: rows.stop - v]
             torch._int_mm(self.w8_VH[rows], self.x8_BH.T, out=z_RB)
-            f_RB, slope_RB = self._bits(z_RB, f_RB, rows)
-            if v == 0:  # no maximum, but near enough: exp(88) is finite
-                self.shift_B = torch.maximum(target_B * LOG2_E, f_RB.amax(dim=0))
-            sums = self._exp(f_RB, slope_RB)
+            f_RB, slope_RB = self._bits(z_RB, rows)
+            sums = self._exp(f_RB, slope_RB, rows)
             self.sum_B, self.kept_B = self.sum_B + sums[0], self.kept_B + sums[1]
             self.e_VB[rows].copy_(f_RB)
         # where a token is sure, 1 - p would be the coarse error of its target's logit
-        true_B = (target_B * LOG2_E - self.shift_B).exp2()
+        true_B = (target_B * LOG2_E - self.shift).exp2()
         total_B = (self.sum_B - self._target(y_B)).clamp_(min=0) + true_B
-        logp_B = (target_B - self.shift_B / LOG2_E - total_B.log()).clamp_(max=0)
-        return Scan(self.e_VB, [(slice(0, V), 1 / total_B)], logp_B, target_B)
+        logp_B = (target_B - self.shift / LOG2_E - total_B.log()).clamp_(max=0)
+        scales = [(slice(0, V), 1 / total_B)]
+        return Scan(self.e_VB, scales, logp_B, target_B, self.factor_V1)
 
     def find(
         self, active_A: Tensor, w_AH: Tensor, x_BH: Tensor, y_B: Tensor, other_B: Tensor, n: int
@@ -159,58 +175,74 @@ class Int8:
         """None where the coarse logits are too far from the truth. n tokens are real."""
         blocks = self.blocks
         z_AB = blocks.shaped(w_AH.to(blocks.acc) @ x_BH.to(blocks.acc).T, active_A)
-        c_AB = torch._int_mm(self.w8_VH[active_A], self.x8_BH.T)
-        c_AB, slope_AB = self._bits(c_AB, c_AB.view(blocks.acc), active_A)
+        c_AB, slope_AB = self._bits(torch._int_mm(self.w8_VH[active_A], self.x8_BH.T), active_A)
         some = slice(None, None, EVERY)
-        error_n = (c_AB[some, :n] - z_AB[some, :n] * LOG2_E).square_().mean(dim=0).sqrt_()
-        if not (error_n.amax() <= LARGEST_ERROR * LOG2_E and self.sum_B[:n].isfinite().all()):
+        error_An = c_AB[some, :n] + self.taken_V1[active_A[some]] - z_AB[some, :n] * LOG2_E
+        error_n, sum_n = error_An.square_().mean(dim=0).sqrt_(), self.sum_B[:n]
+        if not (error_n.amax() <= LARGEST_ERROR * LOG2_E and sum_n.amin() > LEAST):
             return None
+        if not sum_n.isfinite().all():
+            return None
+        top_B = torch.maximum(z_AB.amax(dim=0), (self.sum_B.log2() + self.shift) / LOG2_E)
+        sums = zip((self.sum_B, self.kept_B), self._exp(c_AB, slope_AB, active_A), strict=True)
+        # through logarithms: no factor of its own that might overflow
         tail_B, kept_B = (
-            (all_B - part_B).clamp_(min=0)
-            for all_B, part_B in zip(
-                (self.sum_B, self.kept_B), self._exp(c_AB, slope_AB), strict=True
-            )
+            ((all_B - part_B).clamp_(min=0).log2_() + self.shift - top_B * LOG2_E).exp2_()
+            for all_B, part_B in sums
         )
         place_1B = torch.searchsorted(active_A, y_B[None]).clamp_(max=len(z_AB) - 1)
         target_B, slope_AB = z_AB.gather(0, place_1B)[0], blocks.slope(z_AB)
-        top_B = torch.maximum(z_AB.amax(dim=0), self.shift_B / LOG2_E)
         g_AB = z_AB.sub_(top_B).mul_(LOG2_E).exp2_()
-        shrink_B = (self.shift_B - top_B * LOG2_E).exp2()
-        sum_B = g_AB.sum(dim=0) + tail_B * shrink_B
+        sum_B = g_AB.sum(dim=0) + tail_B
         logp_B = (target_B - top_B - sum_B.log()).clamp_(max=0)
         g_AB.mul_(other_B / sum_B)
         if slope_AB is not None:
             g_AB.mul_(slope_AB)
-        return Found(g_AB, logp_B, target_B, kept_B * shrink_B / sum_B)
+        return Found(g_AB, logp_B, target_B, kept_B / sum_B)
 
     def _target(self, y_B: Tensor) -> Tensor:
-        """exp(z - shift) of the targets' coarse logits."""
-        dot_B = (self.w8_VH[y_B].int() * self.x8_BH).sum(dim=1, dtype=torch.int32)
-        f_B = dot_B * self.step_V1[y_B, 0] * self.step_B + self.offset_V1[y_B, 0]
+        """e of the targets, coarse."""
+        z_B = (self.w8_VH[y_B].int() * self.x8_BH).sum(dim=1, dtype=torch.int32)
+        f_B = z_B * self.step_V1[y_B, 0] * self.step_B + self.added_V1[y_B, 0]
         cap = self.blocks.head.softcap
         if cap is not None:
             f_B = f_B.tanh_().mul_(cap * LOG2_E)
-        return f_B.sub_(self.shift_B).exp2_()
+        return f_B.exp2_().mul_(self.factor_V1[y_B, 0])
 
-    def _bits(
-        self, z_RB: Tensor, f_RB: Tensor, rows: slice | Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Logits / ln 2 in `f_RB`, and the cap's slope there."""
-        f_RB.copy_(z_RB).mul_(self.step_V1[rows]).mul_(self.step_B).add_(self.offset_V1[rows])
+    def _bits(self, z_RB: Tensor, rows: slice | Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits / ln 2 less what is taken, in z's memory, and the cap's slope there.
+
+        In place because two large buffers both begin a page: reading one and writing the other at
+        the same offset took six times as long (4K aliasing).
+        """
+        f_RB = z_RB.view(self.blocks.acc).copy_(z_RB)
+        f_RB.mul_(self.step_V1[rows]).mul_(self.step_B)
+        if self.adds:
+            f_RB.add_(self.added_V1[rows])
         cap = self.blocks.head.softcap
         if cap is None:
             return f_RB, None
         slope_RB = 1 - f_RB.tanh_().square()
         return f_RB.mul_(cap * LOG2_E), slope_RB
 
-    def _exp(self, f_RB: Tensor, slope_RB: Tensor | None) -> tuple[Tensor, Tensor]:
-        """exp(z - shift) times slope in place; sums without and with the slope."""
-        sum_B = f_RB.sub_(self.shift_B).exp2_().sum(dim=0)
-        return sum_B, sum_B if slope_RB is None else f_RB.mul_(slope_RB).sum(dim=0)
+    def _exp(
+        self, f_RB: Tensor, slope_RB: Tensor | None, rows: slice | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """e times slope in place; sums without and with the slope."""
+        factor_R = self.factor_V1[rows, 0]
+        sum_B = factor_R @ f_RB.exp2_()
+        return sum_B, sum_B if slope_RB is None else factor_R @ f_RB.mul_(slope_RB)
 
 
-def _int8(v_RH: Tensor) -> tuple[Tensor, Tensor]:
-    """(int8, step [R, 1]); overwrites v."""
+def _levels(v_RH: Tensor) -> tuple[Tensor, Tensor]:
+    """(whole numbers within LEVELS, in v's memory; their step [R, 1])."""
     step_R1 = v_RH.abs().amax(dim=1, keepdim=True).div_(LEVELS)
-    v_RH.div_(step_R1.clamp(min=torch.finfo(v_RH.dtype).tiny)).round_()
-    return v_RH.to(torch.int8), step_R1
+    return v_RH.div_(step_R1.clamp(min=torch.finfo(v_RH.dtype).tiny)).round_(), step_R1
+
+
+def _buffer(blocks: Blocks, dtype: torch.dtype, memory: Tensor | None) -> Tensor:
+    """[V, B], in memory that is lent where that is of the dtype and large enough."""
+    V, B = len(blocks.w_VH), blocks.B
+    if memory is None or memory.dtype != dtype or memory.numel() < V * B:
+        return blocks.w_VH.new_empty(V, B, dtype=dtype)
+    return memory.flatten()[: V * B].view(V, B)

@@ -191,11 +191,13 @@ def test_int8_logits_are_near_the_truth(source: str, monkeypatch: pytest.MonkeyP
     x_TH[:, 4:8] *= 8
     blocks = cpu.Blocks(x_TH, w_VH, problem.head)
     _, x_nH, x_BH = next(iter(blocks))
-    seen = scan.Int8(blocks).scan(x_BH, blocks.pad(problem.y_T.clamp(min=0)))
+    seen = scan.Int8(blocks, None).scan(x_BH, blocks.pad(problem.y_T.clamp(min=0)))
     ((_, scale_B),) = seen.scales
-    p_Vn = (seen.e_VB * scale_B)[:, : len(x_nH)].double()
+    p_Vn = (seen.e_VB * seen.factor_V1 * scale_B)[:, : len(x_nH)].double()
     z_Vn = w_VH.double() @ x_nH.double().T
-    w8_VH, x8_nH = (v8 * step for v8, step in map(scan._int8, (w_VH.clone(), x_nH.clone())))
+    w8_VH, x8_nH = (
+        levels * step for levels, step in map(scan._levels, (w_VH.clone(), x_nH.clone()))
+    )
     errors_Vn = p_Vn.log() - z_Vn.log_softmax(dim=0), w8_VH @ x8_nH.T - z_Vn
     ours, plain = (float((e - e.mean(dim=0)).square().mean().sqrt()) for e in errors_Vn)
     assert ours < 0.06 and ours < plain / 2
@@ -236,7 +238,7 @@ def test_int8_knows_what_it_must_not_trust(source: str) -> None:
     _, x_nH, x_BH = next(iter(blocks))
     y_B, other_B = blocks.pad(problem.y_T.clamp(min=0)), torch.ones(blocks.B)
     active_A = y_B.unique()
-    look = scan.Int8(blocks)
+    look = scan.Int8(blocks, None)
 
     def found(spoil: Callable[[], object] = lambda: None) -> bool:
         look.scan(x_BH, y_B)
@@ -246,6 +248,7 @@ def test_int8_knows_what_it_must_not_trust(source: str) -> None:
 
     assert blocks.B > len(x_nH) == 50 and found()
     assert not found(lambda: look.sum_B[49].fill_(torch.inf))
+    assert not found(lambda: look.sum_B[49].fill_(2**-101))
     assert not found(lambda: look.x8_BH[49].neg_())
     assert found(lambda: (look.sum_B[50].fill_(torch.inf), look.x8_BH[50].neg_()))
 
@@ -263,16 +266,57 @@ def test_a_token_that_int8_misreads_is_not_lost_in_the_mean(source: str) -> None
 
 
 @pytest.mark.parametrize("source", ["int8"], indirect=True)
-def test_what_overflows_is_done_exactly(source: str) -> None:
-    """The target and all of the first tile are 80 to 120 nats below the top."""
+@pytest.mark.parametrize("nats", [60.0, 100.0, -100.0])
+def test_logits_of_any_size(nats: float, source: str) -> None:
+    """Row 0 is tokens' likeliest or least likely by far, in turns, and its bias makes up for it
+    where it is not: int8's elements overflow or underflow beyond 88 nats, and are not taken."""
     problem = text(bias=True)
-    problem.head.bias_V[:512] -= torch.linspace(80, 120, 512)
-    problem.y_T[problem.y_T >= 0] = problem.y_T[problem.y_T >= 0] % 2400 + 600
-    problem.y_T[(problem.y_T >= 0).nonzero()[5]] = 7
+    problem.w_VH[:, 0] = 0
+    problem.w_VH[0, 0] = 1
+    problem.x_TH[:, 0] = torch.tensor([nats, -nats]).repeat(len(problem.y_T))[: len(problem.y_T)]
+    problem.head.bias_V[0] = abs(nats) - 5
+    _is_as_good_as_exact(problem)
+
+
+@pytest.mark.parametrize("source", ["int8"], indirect=True)
+def test_a_low_offset_loses_nothing(source: str) -> None:
+    """The likeliest row of every other token has an offset of -110 nats, which no float's exponent
+    holds, and states that make up for it."""
+    problem = text(bias=True)
+    sign_T = torch.tensor([1.0, -1.0]).repeat(len(problem.y_T))[: len(problem.y_T)]
+    problem.w_VH[:, :2] = torch.tensor([0.0, 1.0])
+    problem.w_VH[0, :2] = torch.tensor([1.0, 0.0])
+    problem.x_TH[:, :2] = sign_T[:, None] * torch.tensor([85.0, -45.0])
+    problem.head.bias_V[0] = -110
+    blocks = cpu.Blocks(problem.x_TH, problem.w_VH, problem.head)
+    look = scan.Int8(blocks, None)
+    look.scan(next(iter(blocks))[2], problem.y_T[: blocks.B].clamp(min=0))
+    z_VB = problem.w_VH @ problem.x_TH[: blocks.B].T + problem.head.bias_V[:, None]
+    lse_B = (look.sum_B.log2() + look.shift) / scan.LOG2_E
+    assert (z_VB.argmax(dim=0) == 0).float().mean() > 0.4
+    torch.testing.assert_close(lse_B, z_VB.logsumexp(dim=0), rtol=0, atol=1.0)
+
+
+@pytest.mark.parametrize("source", ["int8"], indirect=True)
+@pytest.mark.parametrize("nats", [20.0, 100.0, 1e9, torch.inf])
+def test_rows_far_below_the_others(nats: float, source: str) -> None:
+    """As a mask leaves them, or a bias that spans more than a factor can: some are targets."""
+    problem = text(bias=True)
+    problem.head.bias_V[-512:] -= nats if nats > 1e3 else torch.linspace(0.5, 1, 512) * nats
+    has = problem.y_T >= 0
+    problem.y_T[has] %= len(problem.w_VH) - 512
+    if nats < 1e3:
+        problem.y_T[has.nonzero()[5]] = len(problem.w_VH) - 1
+    _is_as_good_as_exact(problem)
+    assert fused(problem, 2.0)[1].active < 0.5
+
+
+def _is_as_good_as_exact(problem: Problem) -> None:
     (got, _), (exact, _) = fused(problem, 2.0), fused(problem, 0)
     for name in ("logp_T", "dx_TH", "dw_VH", "db_V"):
         assert getattr(got, name).isfinite().all(), name
     assert errors(got.dx_TH, exact.dx_TH).rms < 2 * ROUNDING
+    torch.testing.assert_close(got.logp_T, exact.logp_T, rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
