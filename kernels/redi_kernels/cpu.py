@@ -70,7 +70,7 @@ def weighted(
     grads = Gradients(x_NH, blocks, needs)
     y_P, weight_P = blocks.pad(y_N), blocks.pad(weight_N.to(blocks.acc))
     logp_P = torch.empty_like(weight_P)
-    z_VB, keep = blocks.buffer(len(w_VH)), x_NH.dtype == blocks.acc
+    z_VB, keep = blocks.logits_buffer(grads.rounded_VH), x_NH.dtype == blocks.acc
     for t, x_nH, x_BH in blocks:
         stats = blocks.statistics(blocks.logits(x_BH, z_VB), y_P[t], keep=keep)
         logp_P[t] = stats.logp_B
@@ -106,7 +106,7 @@ def backward(
     # d logp / dz = onehot - p and d lse / dz = p: a factor of p, and the target's own column
     other_N = dlse_N - dlogp_N
     target_N = dlse_N * logp_N.exp() - dlogp_N * logp_N.expm1()
-    z_VB = blocks.buffer(len(w_VH))
+    z_VB = blocks.logits_buffer(grads.rounded_VH)
     for t, x_nH, x_BH in blocks:
         torch.mm(w_VH, x_BH.T, out=z_VB)
         r = slice(t.start, t.start + len(x_nH))
@@ -166,6 +166,13 @@ class Blocks:
 
     def buffer(self, rows: int) -> Tensor:
         return self.x_NH.new_empty(rows, self.B)
+
+    def logits_buffer(self, lent_VH: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        """[V, B], in memory that is `lent` where there is some, of that dtype and large enough."""
+        V, dtype = len(self.w_VH), dtype or self.x_NH.dtype
+        if lent_VH is None or lent_VH.dtype != dtype or lent_VH.numel() < V * self.B:
+            return self.x_NH.new_empty(V, self.B, dtype=dtype)
+        return lent_VH.view(-1)[: V * self.B].view(V, self.B)
 
     def logits(
         self, x_BH: Tensor, z_VB: Tensor | None = None
@@ -260,7 +267,8 @@ class Blocks:
 
 
 class Gradients:
-    """dX, dW, db as blocks add to them: sums in the accumulator's dtype, rounded once."""
+    """dX, dW, db as blocks add to them: sums in the accumulator's dtype, rounded once. `rounded_VH`
+    is where dW will be rounded to; until then its memory can hold a block's logits."""
 
     def __init__(self, x_NH: Tensor, blocks: Blocks, needs: tuple[bool, bool, bool]) -> None:
         x, w, bias = needs
@@ -268,6 +276,7 @@ class Gradients:
         self.dx_NH = torch.empty_like(x_NH) if x else None
         new = torch.empty_like if len(x_NH) else torch.zeros_like  # the first block overwrites
         self.dw_VH = new(w_VH, dtype=acc) if w else None
+        self.rounded_VH = rounded(w_VH, acc) if w else None
         self.is_first = True
         self.db_V = w_VH.new_zeros(len(w_VH), dtype=acc) if bias else None
 
@@ -343,9 +352,14 @@ class Gradients:
                 z_RB.copy_(g_RB)
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        dtype = self.blocks.w_VH.dtype
-        dw_VH = None if self.dw_VH is None else self.dw_VH.to(dtype)
-        return self.dx_NH, dw_VH, self.db_V
+        if self.dw_VH is None or self.rounded_VH is None:
+            return self.dx_NH, self.dw_VH, self.db_V
+        return self.dx_NH, self.rounded_VH.copy_(self.dw_VH), self.db_V
+
+
+def rounded(w_VH: Tensor, acc: torch.dtype) -> Tensor | None:
+    """Where the accumulator is rounded to, if it needs to be."""
+    return None if w_VH.dtype == acc else w_VH.new_empty(w_VH.shape)
 
 
 def exp_(v_RB: Tensor) -> Tensor:

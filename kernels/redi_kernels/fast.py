@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redi_kernels import fast_plan, scan
-from redi_kernels.cpu import Blocks, Gradients, Statistics
+from redi_kernels.cpu import Blocks, Gradients, Statistics, rounded
 from redi_kernels.fast_plan import MAX_ACTIVE, ROWS, Report
 from redi_kernels.head import Head
 from redi_kernels.scan import Scan
@@ -87,11 +87,12 @@ class _Sparse:
     ) -> None:
         self.blocks, self.y_P, self.budget = blocks, y_P, tolerance * fast_plan.BUDGET
         self.dlogp_P, self.dlse_P, self.other_P = dlogp_P, dlse_P, dlse_P - dlogp_P
-        self.grads = Gradients(x_NH, blocks, (needs[0], False, needs[2]))  # dW: if a block asks
+        self.grads = Gradients(x_NH, blocks, (needs[0], False, needs[2]))
+        if needs[1]:  # dW's sum only if some block asks for it
+            self.grads.rounded_VH = rounded(blocks.w_VH, blocks.acc)
         self.rows = _Rows(blocks.w_VH, blocks.acc) if needs[1] else None
         self.source: scan.Int8 | scan.Full | None = None  # until some block is not exact
         self.z_VB: Tensor | None = None  # exact blocks' logits
-        self.dw_VH: Tensor | None = None  # the result; until then its memory is lent to blocks
         self.dropped_P = torch.zeros_like(self.other_P)
         self.left = self.energy = torch.zeros((), dtype=torch.float64)
         self.computed, self.resting = 0, len(x_NH) if self._is_flat() else 0
@@ -99,9 +100,7 @@ class _Sparse:
     def _begin(self) -> scan.Int8 | scan.Full:
         blocks, x_NH = self.blocks, self.blocks.x_NH
         V, K = len(blocks.w_VH), fast_plan.MOMENTS
-        if self.rows is not None and x_NH.dtype != blocks.acc:  # fp32: exact blocks need it sooner
-            self.dw_VH = torch.empty_like(blocks.w_VH)
-        self.source = scan.make(blocks, self.dw_VH)
+        self.source = scan.make(blocks, self.grads.rounded_VH)
         self.basis_HK = fast_plan.basis(x_NH, self.other_P[: len(x_NH)])
         self.moments_VK = x_NH.new_zeros(V, K, dtype=blocks.acc)
         self.block_VK = self.source.e_VB.new_empty(V, K)
@@ -118,7 +117,7 @@ class _Sparse:
         target_B = blocks.sloped(self._target(t, seen.logp_B), seen.target_B)
         energy = target_B.double().square().sum()
         s_V = self._moments(seen, x_nH, other_B)
-        limit = self.budget * self._unit(seen.target_B[: len(x_nH)]) * energy.sqrt()
+        limit = source.share * self.budget * self._unit(seen.target_B[: len(x_nH)]) * energy.sqrt()
         active_V, left = fast_plan.active_rows(s_V, y_B[: len(x_nH)], limit)
         active_A = active_V.nonzero()[:, 0]
         found = None
@@ -174,7 +173,7 @@ class _Sparse:
         if self.z_VB is None:
             e_VB = None if self.source is None else self.source.e_VB
             if e_VB is None or e_VB.dtype != x_nH.dtype:
-                e_VB = blocks.buffer(len(blocks.w_VH))
+                e_VB = blocks.logits_buffer(grads.rounded_VH)
             self.z_VB = e_VB
         if stats is None:
             keep = x_nH.dtype == blocks.acc  # else exp would be rounded twice
@@ -249,9 +248,9 @@ class _Sparse:
         dw_VH, moments_VK, dtype = self.grads.dw_VH, self.moments_VK, self.blocks.w_VH.dtype
         self.source = self.z_VB = None
         if dw_VH is not None:
-            dw_VH.addmm_(moments_VK, q_KH).index_add_(0, self.rows.index, self.rows.sums)
-            return dw_VH if self.dw_VH is None else self.dw_VH.copy_(dw_VH)
-        dw_VH = torch.mm(moments_VK.to(dtype), q_KH.to(dtype), out=self.dw_VH)
+            dw_VH.addmm_(moments_VK, q_KH)
+            return dw_VH.index_add_(0, self.rows.index, self.rows.sums)
+        dw_VH = torch.mm(moments_VK.to(dtype), q_KH.to(dtype), out=self.grads.rounded_VH)
         for index, sum_AH in zip(
             self.rows.index.split(ROWS), self.rows.sums.split(ROWS), strict=True
         ):

@@ -60,9 +60,8 @@ class Found:
     dropped_B: Tensor  # mass outside, times the cap's slope there
 
 
-def make(blocks: Blocks, memory: Tensor | None) -> "Int8 | Full":
-    """`memory` is lent until the last block is done."""
-    return Int8(blocks, memory) if _pays(blocks.x_NH) else Full(blocks, memory)
+def make(blocks: Blocks, lent_VH: Tensor | None) -> "Int8 | Full":
+    return Int8(blocks, lent_VH) if _pays(blocks.x_NH) else Full(blocks, lent_VH)
 
 
 def _pays(x_NH: Tensor) -> bool:
@@ -79,8 +78,10 @@ def _has(probe: str) -> bool:
 class Full:
     """Logits in the weights' dtype: log-probs are exact mode's, to the bit."""
 
-    def __init__(self, blocks: Blocks, memory: Tensor | None) -> None:
-        self.blocks, self.e_VB = blocks, _buffer(blocks, blocks.x_NH.dtype, memory)
+    share = 1.0  # of the budget
+
+    def __init__(self, blocks: Blocks, lent_VH: Tensor | None) -> None:
+        self.blocks, self.e_VB = blocks, blocks.logits_buffer(lent_VH)
         self.stats: Statistics | None = None
 
     def scan(self, x_BH: Tensor, y_B: Tensor) -> Scan:
@@ -109,13 +110,14 @@ class Int8:
     factors in range; what is left of a lower offset is added.
     """
 
+    share = 0.875  # of the budget: its own error comes on top of what is dropped
     stats = None  # nothing that exact mode could go on from
 
-    def __init__(self, blocks: Blocks, memory: Tensor | None) -> None:
+    def __init__(self, blocks: Blocks, lent_VH: Tensor | None) -> None:
         self.blocks, head, w_VH = blocks, blocks.head, blocks.w_VH
         narrow = _has("_is_avx512_bf16_supported")  # e goes through one matmul more
         V, dtype = len(w_VH), torch.bfloat16 if narrow else blocks.x_NH.dtype
-        self.e_VB = _buffer(blocks, dtype, memory)
+        self.e_VB = blocks.logits_buffer(lent_VH, dtype)
         tile = min(TILE_BYTES // (4 * blocks.B), V)
         self.z_tB = w_VH.new_empty(tile, blocks.B, dtype=torch.int32)
         x_NH = blocks.x_NH[:: max(len(blocks.x_NH) // TOKENS, 1)].to(blocks.acc)
@@ -238,11 +240,3 @@ def _levels(v_RH: Tensor) -> tuple[Tensor, Tensor]:
     """(whole numbers within LEVELS, in v's memory; their step [R, 1])."""
     step_R1 = v_RH.abs().amax(dim=1, keepdim=True).div_(LEVELS)
     return v_RH.div_(step_R1.clamp(min=torch.finfo(v_RH.dtype).tiny)).round_(), step_R1
-
-
-def _buffer(blocks: Blocks, dtype: torch.dtype, memory: Tensor | None) -> Tensor:
-    """[V, B], in memory that is lent where that is of the dtype and large enough."""
-    V, B = len(blocks.w_VH), blocks.B
-    if memory is None or memory.dtype != dtype or memory.numel() < V * B:
-        return blocks.w_VH.new_empty(V, B, dtype=dtype)
-    return memory.flatten()[: V * B].view(V, B)
