@@ -198,8 +198,6 @@ class _Sparse:
         for rows, scale_B in seen.scales:
             scaled_nK = ((scale_B * other_B)[:n, None] * f_nK).to(seen.e_VB.dtype)
             torch.mm(seen.e_VB[rows, :n], scaled_nK, out=self.block_VK[rows])
-        if seen.factor_V1 is not None:
-            self.block_VK.mul_(seen.factor_V1)
         return (self.block_VK[:, 0] - self.block_VK[:, 1]).to(acc)
 
     def _active(

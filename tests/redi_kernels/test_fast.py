@@ -193,7 +193,7 @@ def test_int8_logits_are_near_the_truth(source: str, monkeypatch: pytest.MonkeyP
     _, x_nH, x_BH = next(iter(blocks))
     seen = scan.Int8(blocks, None).scan(x_BH, blocks.pad(problem.y_T.clamp(min=0)))
     ((_, scale_B),) = seen.scales
-    p_Vn = (seen.e_VB * seen.factor_V1 * scale_B)[:, : len(x_nH)].double()
+    p_Vn = (seen.e_VB * scale_B)[:, : len(x_nH)].double()
     z_Vn = w_VH.double() @ x_nH.double().T
     w8_VH, x8_nH = (
         levels * step for levels, step in map(scan._levels, (w_VH.clone(), x_nH.clone()))

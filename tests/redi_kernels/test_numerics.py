@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from gradcheck_tools import Problem, Result, check, make_problem, textbook
-from redi_kernels import reference, token_logprobs
+from redi_kernels import cpu, reference, token_logprobs
 from redi_kernels.head import Head
 from redi_kernels.logprobs import weighted_logprobs
 
@@ -217,3 +217,11 @@ def test_log_probs_have_no_common_bias() -> None:
     exact_T = torch.log_softmax(z_TV.double(), dim=1).gather(1, problem.y_T[:, None])[:, 0]
     error_T = primitive(problem).logp_T.double() - exact_T
     assert error_T.mean().abs() < 3e-7
+
+
+@pytest.mark.parametrize("R", [1, 15, 16, 17, 100, 160])
+def test_over_rows(R: int) -> None:
+    """In parts, some of them short, as in one."""
+    f_RB = torch.randn(R, 5, generator=torch.Generator().manual_seed(R), dtype=torch.float64)
+    for reduce in (torch.sum, torch.amax):
+        torch.testing.assert_close(cpu.over_rows(reduce, f_RB), reduce(f_RB, dim=0))
