@@ -222,6 +222,6 @@ def test_log_probs_have_no_common_bias() -> None:
 @pytest.mark.parametrize("R", [1, 15, 16, 17, 100, 160])
 def test_over_rows(R: int) -> None:
     """In parts, some of them short, as in one."""
-    f_RB = torch.randn(R, 5, generator=torch.Generator().manual_seed(R), dtype=torch.float64)
+    f_RB = torch.randn(R, 4096, generator=torch.Generator().manual_seed(R), dtype=torch.float64)
     for reduce in (torch.sum, torch.amax):
         torch.testing.assert_close(cpu.over_rows(reduce, f_RB), reduce(f_RB, dim=0))
