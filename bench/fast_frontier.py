@@ -193,7 +193,7 @@ def looks(truth: Truth) -> str:
     z_Vn = truth.w @ x_nH.T
     int8 = scan.Int8(blocks, None)
     seen = int8.scan(x_BH, truth.y[: blocks.B])
-    off = {"int8": seen.e_VB.float().log() + int8.shift / scan.LOG2_E - z_Vn}
+    off = {"int8": seen.e_VB.float().log() + int8.shift_B / scan.LOG2_E - z_Vn}
     w8, x8 = (levels * step for levels, step in map(scan._levels, (truth.w.clone(), x_nH.clone())))
     off["int8 as it comes"] = w8 @ x8.T - z_Vn
     off["bf16"] = (truth.w.bfloat16() @ x_nH.bfloat16().T).float() - z_Vn

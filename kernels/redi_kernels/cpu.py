@@ -34,7 +34,7 @@ BLOCK_TOKENS = (16, 512)  # fewer starve the matmul; of more, the last block wou
 TILE_BYTES = 4 << 20  # of a tile of rows; two cores' share of an L3
 GROUP_BYTES = 1 << 20  # of a group of rows in the accumulator's dtype: about one core's L2; four
 WIDENED = 4  # times that where a group is widened from bf16: fewer calls win there (measured)
-PARTS = 16  # of a group's rows in a sum over them: a multiple of the cores that share them
+PARTS = 16  # of a group's rows in a sum over them
 ONE_CORES = 1 << 15  # elements: torch splits no less
 LOG2_E = math.log2(math.e)
 DW_ROWS = 2048  # vocabulary rows per matmul where its result is narrower than dW's accumulator
@@ -170,9 +170,9 @@ class Blocks:
         return self.x_NH.new_empty(rows, self.B)
 
     def logits_buffer(self, lent_VH: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-        """[V, B], in memory that is `lent` where there is some, of that dtype and large enough."""
-        V, dtype = len(self.w_VH), dtype or self.x_NH.dtype
-        if lent_VH is None or lent_VH.dtype != dtype or lent_VH.numel() < V * self.B:
+        """[V, B], in memory that is `lent`, where there is some and it is large enough."""
+        V = len(self.w_VH)
+        if lent_VH is None or lent_VH.numel() < V * self.B or not lent_VH.is_contiguous():
             return self.x_NH.new_empty(V, self.B, dtype=dtype)
         return lent_VH.view(-1)[: V * self.B].view(V, self.B)
 
@@ -271,15 +271,18 @@ class Blocks:
 
 class Gradients:
     """dX, dW, db as blocks add to them: sums in the accumulator's dtype, rounded once. `rounded_VH`
-    is where dW will be rounded to; until then its memory can hold a block's logits."""
+    is where dW will be rounded to; until then its memory can hold a block's logits. With `lazy`
+    dW's sum, `dw_VH`, is left to the caller."""
 
-    def __init__(self, x_NH: Tensor, blocks: Blocks, needs: tuple[bool, bool, bool]) -> None:
+    def __init__(
+        self, x_NH: Tensor, blocks: Blocks, needs: tuple[bool, bool, bool], lazy: bool = False
+    ) -> None:
         x, w, bias = needs
         self.blocks, acc, w_VH = blocks, blocks.acc, blocks.w_VH
         self.dx_NH = torch.empty_like(x_NH) if x else None
         new = torch.empty_like if len(x_NH) else torch.zeros_like  # the first block overwrites
-        self.dw_VH = new(w_VH, dtype=acc) if w else None
-        self.rounded_VH = rounded(w_VH, acc) if w else None
+        self.dw_VH = new(w_VH, dtype=acc) if w and not lazy else None
+        self.rounded_VH = torch.empty_like(w_VH) if w and w_VH.dtype != acc else None
         self.is_first = True
         self.db_V = w_VH.new_zeros(len(w_VH), dtype=acc) if bias else None
 
@@ -358,11 +361,6 @@ class Gradients:
         if self.dw_VH is None or self.rounded_VH is None:
             return self.dx_NH, self.dw_VH, self.db_V
         return self.dx_NH, self.rounded_VH.copy_(self.dw_VH), self.db_V
-
-
-def rounded(w_VH: Tensor, acc: torch.dtype) -> Tensor | None:
-    """Where the accumulator is rounded to, if it needs to be."""
-    return None if w_VH.dtype == acc else w_VH.new_empty(w_VH.shape)
 
 
 def over_rows(reduce: Callable[..., Tensor], f_RB: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redi_kernels import fast_plan, scan
-from redi_kernels.cpu import Blocks, Gradients, Statistics, rounded
+from redi_kernels.cpu import Blocks, Gradients, Statistics
 from redi_kernels.fast_plan import MAX_ACTIVE, ROWS, Report
 from redi_kernels.head import Head
 from redi_kernels.scan import Scan
@@ -87,9 +87,7 @@ class _Sparse:
     ) -> None:
         self.blocks, self.y_P, self.budget = blocks, y_P, tolerance * fast_plan.BUDGET
         self.dlogp_P, self.dlse_P, self.other_P = dlogp_P, dlse_P, dlse_P - dlogp_P
-        self.grads = Gradients(x_NH, blocks, (needs[0], False, needs[2]))
-        if needs[1]:  # dW's sum only if some block asks for it
-            self.grads.rounded_VH = rounded(blocks.w_VH, blocks.acc)
+        self.grads = Gradients(x_NH, blocks, needs, lazy=True)  # dW's sum: if some block asks
         self.rows = _Rows(blocks.w_VH, blocks.acc) if needs[1] else None
         self.source: scan.Int8 | scan.Full | None = None  # until some block is not exact
         self.z_VB: Tensor | None = None  # exact blocks' logits
@@ -115,7 +113,7 @@ class _Sparse:
         source = self.source or self._begin()
         seen = source.scan(x_BH, y_B)
         target_B = blocks.sloped(self._target(t, seen.logp_B), seen.target_B)
-        energy = target_B.double().square().sum()
+        energy = target_B[: len(x_nH)].double().square().sum()
         s_V = self._moments(seen, x_nH, other_B)
         limit = source.share * self.budget * self._unit(seen.target_B[: len(x_nH)]) * energy.sqrt()
         active_V, left = fast_plan.active_rows(s_V, y_B[: len(x_nH)], limit)
@@ -132,7 +130,8 @@ class _Sparse:
         self.moments_VK += self.block_VK
         self.dropped_P[t] = found.dropped_B
         target_B = blocks.sloped(self._target(t, found.logp_B), found.target_B)
-        self.energy, self.left = self.energy + target_B.double().square().sum(), self.left + left
+        self.energy = self.energy + target_B[: len(x_nH)].double().square().sum()
+        self.left = self.left + left
         self._active(t.start, x_nH, y_B, active_A, w_AH, found.g_AB, target_B)
         return found.logp_B
 
@@ -180,7 +179,7 @@ class _Sparse:
             stats = blocks.statistics(blocks.logits(x_BH, self.z_VB), y_B, keep=keep)
         other_B, logp_B = self.other_P[t], stats.logp_B
         target_B = self._target(t, logp_B)
-        self.energy = self.energy + target_B.double().square().sum()
+        self.energy = self.energy + target_B[: len(x_nH)].double().square().sum()
         if stats.shifts:
             target_B = blocks.sloped(target_B, stats.target_B)
             grads.add_kept(t.start, x_nH, self.z_VB, y_B, stats.scale_GB * other_B, target_B)
@@ -248,7 +247,9 @@ class _Sparse:
         if dw_VH is not None:
             dw_VH.addmm_(moments_VK, q_KH)
             return dw_VH.index_add_(0, self.rows.index, self.rows.sums)
-        dw_VH = torch.mm(moments_VK.to(dtype), q_KH.to(dtype), out=self.grads.rounded_VH)
+        dw_VH = self.grads.rounded_VH
+        dw_VH = torch.empty_like(self.blocks.w_VH) if dw_VH is None else dw_VH
+        torch.mm(moments_VK.to(dtype), q_KH.to(dtype), out=dw_VH)
         for index, sum_AH in zip(
             self.rows.index.split(ROWS), self.rows.sums.split(ROWS), strict=True
         ):

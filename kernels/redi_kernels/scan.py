@@ -32,10 +32,10 @@ LARGEST_ERROR = (
     0.5  # RMS, of a token's coarse logits; real texts: 0.08, the worst token of 2,048 0.33
 )
 TOKENS, EVERY = 2048, 16  # enough of x, and every 16th row of w, to know their columns by
-ROWS = 1024  # of w made int8 at a time: fewer calls and still in the cache
+WEIGHT_BYTES = 2 << 20  # of w in fp32 that is made int8 at a time: still in the cache
 TILE_BYTES = 4 << 20  # of int32 logits
 LEVELS = 127
-LEAST = 2.0**-100  # sum of a token's e: below it elements that matter may have underflowed
+LARGEST_SUM = 2.0**64  # of exp(z - shift): times a token's weight its inverse is no subnormal yet
 
 
 @dataclass
@@ -120,22 +120,20 @@ class Int8:
         ratio_H = (spread_H / size_H).sqrt()
         self.ratio_H = ratio_H.where(ratio_H.isfinite() & (ratio_H > 0), 1)
         self.w8_VH = torch.empty_like(w_VH, dtype=torch.int8)
-        self.step_V1, offset_V1 = (w_VH.new_empty(V, 1, dtype=blocks.acc) for _ in range(2))
-        for v in range(0, V, ROWS):
-            rows = slice(v, v + ROWS)
+        self.step_V1, self.offset_V1 = (w_VH.new_empty(V, 1, dtype=blocks.acc) for _ in range(2))
+        R = max(WEIGHT_BYTES // (4 * w_VH.shape[1]), 16)
+        for v in range(0, V, R):
+            rows = slice(v, v + R)
             w_RH = w_VH[rows].to(blocks.acc)
             # no matmul: each pass over rows leaves them where the next finds them, with one core
-            offset_V1[rows] = (w_RH * self.mean_H).sum(dim=1, keepdim=True)
+            self.offset_V1[rows] = (w_RH * self.mean_H).sum(dim=1, keepdim=True)
             self.w8_VH[rows], self.step_V1[rows] = _levels(w_RH * self.ratio_H)
         # logits are counted in bits, or in units of the cap
         unit = LOG2_E if head.softcap is None else 1 / head.softcap
         self.step_V1.mul_(head.logit_scale * unit)
-        offset_V1.mul_(head.logit_scale * unit)
+        self.offset_V1.mul_(head.logit_scale * unit)
         if blocks.bias_V is not None:
-            offset_V1.add_(blocks.bias_V[:, None], alpha=unit)
-        # one for all tokens, as near their maxima as need be: what overflows is done exactly
-        self.shift = offset_V1.amax() if head.softcap is None else offset_V1.new_zeros(())
-        self.offset_V1 = offset_V1.sub_(self.shift)
+            self.offset_V1.add_(blocks.bias_V[:, None], alpha=unit)
 
     def scan(self, x_BH: Tensor, y_B: Tensor) -> Scan:
         blocks, acc, V = self.blocks, self.blocks.acc, len(self.e_VB)
@@ -150,13 +148,15 @@ class Int8:
             z_RB = self.z_tB[: rows.stop - v]
             torch._int_mm(self.w8_VH[rows], self.x8_BH.T, out=z_RB)
             f_RB, slope_RB = self._bits(z_RB, rows)
+            if v == 0:  # no maximum, but near enough, or the block is done exactly
+                self.shift_B = torch.maximum(target_B * LOG2_E, over_rows(torch.amax, f_RB))
             sums = self._exp(f_RB, slope_RB)
             self.sum_B, self.kept_B = self.sum_B + sums[0], self.kept_B + sums[1]
             self.e_VB[rows].copy_(f_RB)
         # where a token is sure, 1 - p would be the coarse error of its target's logit
-        true_B = (target_B * LOG2_E - self.shift).exp2()
+        true_B = (target_B * LOG2_E - self.shift_B).exp2()
         total_B = (self.sum_B - self._target(y_B)).clamp_(min=0) + true_B
-        logp_B = (target_B - self.shift / LOG2_E - total_B.log()).clamp_(max=0)
+        logp_B = (target_B - self.shift_B / LOG2_E - total_B.log()).clamp_(max=0)
         return Scan(self.e_VB, [(slice(0, V), 1 / total_B)], logp_B, target_B)
 
     def find(
@@ -167,19 +167,13 @@ class Int8:
         z_AB = blocks.shaped(w_AH.to(blocks.acc) @ x_BH.to(blocks.acc).T, active_A)
         c_AB, slope_AB = self._bits(torch._int_mm(self.w8_VH[active_A], self.x8_BH.T), active_A)
         some = slice(None, None, EVERY)
-        error_An = (c_AB[some, :n] + self.shift).sub_(z_AB[some, :n], alpha=LOG2_E)
-        error_n, sum_n = error_An.square_().mean(dim=0).sqrt_(), self.sum_B[:n]
-        if not (error_n.amax() <= LARGEST_ERROR * LOG2_E and sum_n.amin() > LEAST):
+        error_n = (c_AB[some, :n] - z_AB[some, :n] * LOG2_E).square_().mean(dim=0).sqrt_()
+        if not (error_n.amax() <= LARGEST_ERROR * LOG2_E and self.sum_B[:n].amax() <= LARGEST_SUM):
             return None
-        if not sum_n.isfinite().all():
-            return None
-        top_B = torch.maximum(z_AB.amax(dim=0), (self.sum_B.log2() + self.shift) / LOG2_E)
+        top_B = torch.maximum(z_AB.amax(dim=0), self.shift_B / LOG2_E)
+        shrink_B = (self.shift_B - top_B * LOG2_E).exp2()
         sums = zip((self.sum_B, self.kept_B), self._exp(c_AB, slope_AB), strict=True)
-        # through logarithms: no factor of its own that might overflow
-        tail_B, kept_B = (
-            ((all_B - part_B).clamp_(min=0).log2_() + self.shift - top_B * LOG2_E).exp2_()
-            for all_B, part_B in sums
-        )
+        tail_B, kept_B = ((all_B - part_B).clamp_(min=0) * shrink_B for all_B, part_B in sums)
         place_1B = torch.searchsorted(active_A, y_B[None]).clamp_(max=len(z_AB) - 1)
         target_B, slope_AB = z_AB.gather(0, place_1B)[0], blocks.slope(z_AB)
         g_AB = z_AB.sub_(top_B).mul_(LOG2_E).exp2_()
@@ -191,16 +185,16 @@ class Int8:
         return Found(g_AB, logp_B, target_B, kept_B / sum_B)
 
     def _target(self, y_B: Tensor) -> Tensor:
-        """e of the targets, coarse."""
+        """exp(z - shift) of the targets' coarse logits."""
         z_B = (self.w8_VH[y_B].int() * self.x8_BH).sum(dim=1, dtype=torch.int32)
         f_B = z_B * self.step_V1[y_B, 0] * self.step_B + self.offset_V1[y_B, 0]
         cap = self.blocks.head.softcap
         if cap is not None:
             f_B = f_B.tanh_().mul_(cap * LOG2_E)
-        return f_B.exp2_()
+        return f_B.sub_(self.shift_B).exp2_()
 
     def _bits(self, z_RB: Tensor, rows: slice | Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits / ln 2 less the shift, in z's memory, and the cap's slope there.
+        """Logits / ln 2 in z's memory, and the cap's slope there.
 
         In place because two large buffers both begin a page: reading one and writing the other at
         the same offset took six times as long (4K aliasing).
@@ -214,8 +208,8 @@ class Int8:
         return f_RB.mul_(cap * LOG2_E), slope_RB
 
     def _exp(self, f_RB: Tensor, slope_RB: Tensor | None) -> tuple[Tensor, Tensor]:
-        """e times slope in place; sums without and with the slope."""
-        sum_B = over_rows(torch.sum, f_RB.exp2_())
+        """exp(z - shift) times slope in place; sums without and with the slope."""
+        sum_B = over_rows(torch.sum, f_RB.sub_(self.shift_B).exp2_())
         return sum_B, sum_B if slope_RB is None else over_rows(torch.sum, f_RB.mul_(slope_RB))
 
 

@@ -19,7 +19,8 @@ def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "BLOCK_TOKENS", (16, 64))
     monkeypatch.setattr(cpu, "GROUP_BYTES", 512 * 64 * 4)
     monkeypatch.setattr(scan, "TILE_BYTES", 512 * 64 * 4)
-    for module in (fast, fast_plan, scan):
+    monkeypatch.setattr(scan, "WEIGHT_BYTES", 100 * 96 * 4)
+    for module in (fast, fast_plan):
         monkeypatch.setattr(module, "ROWS", 100)
 
 
@@ -102,7 +103,7 @@ def _logp_complaints(problem: Problem, got: Result, truth: Result) -> Iterator[s
     error_T = got.logp_T - truth.logp_T
     if not error_T.norm() <= dense_T.norm() / 4:
         yield f"logp: error {error_T.norm():.1e}, dense bf16's {dense_T.norm():.1e}"
-    if not abs(error_T.mean()) <= 2e-4 or (got.logp_T > 0).any():
+    if not abs(error_T.mean()) <= 2.5e-4 or (got.logp_T > 0).any():
         yield f"logp: mean error {error_T.mean():.1e}, largest {got.logp_T.max():.1e}"
 
 
@@ -248,7 +249,7 @@ def test_int8_knows_what_it_must_not_trust(source: str) -> None:
 
     assert blocks.B > len(x_nH) == 50 and found()
     assert not found(lambda: look.sum_B[49].fill_(torch.inf))
-    assert not found(lambda: look.sum_B[49].fill_(2**-101))
+    assert not found(lambda: look.sum_B[49].fill_(2.0**65))
     assert not found(lambda: look.x8_BH[49].neg_())
     assert found(lambda: (look.sum_B[50].fill_(torch.inf), look.x8_BH[50].neg_()))
 
@@ -265,42 +266,58 @@ def test_a_token_that_int8_misreads_is_not_lost_in_the_mean(source: str) -> None
     assert errors(got.dx_TH, exact.dx_TH).rms < 2 * ROUNDING
 
 
-@pytest.mark.parametrize("source", ["int8"], indirect=True)
-@pytest.mark.parametrize("nats", [60.0, 100.0, -100.0])
-def test_logits_of_any_size(nats: float, source: str) -> None:
-    """Row 0 is tokens' likeliest or least likely by far, in turns, and its bias makes up for it
-    where it is not: int8's elements overflow or underflow beyond 88 nats, and are not taken."""
-    problem = text(bias=True)
-    problem.w_VH[:, 0] = 0
-    problem.w_VH[0, 0] = 1
-    problem.x_TH[:, 0] = torch.tensor([nats, -nats]).repeat(len(problem.y_T))[: len(problem.y_T)]
-    problem.head.bias_V[0] = abs(nats) - 5
-    _is_as_good_as_exact(problem)
+@pytest.mark.parametrize("T", [50, 400])  # less than a block: the rest of it is padding
+@pytest.mark.parametrize("weight", [1.0, 2**-30])
+@pytest.mark.parametrize("nats", [(-120, -120), (-85, -85), (85, 85), (120, 120), (76, -76)])
+def test_what_all_logits_of_a_token_share_is_nothing(
+    nats: tuple[float, float], weight: float, T: int, source: str
+) -> None:
+    """In turns, so that neither a token's own nor the mean token's shows in its neighbour."""
+    plain = text(T=T)
+    plain.w_VH[:, 1], plain.x_TH[:, 1] = 1.0, 0.0
+    plain.dlogp_T[:] *= weight
+    problem = replace(plain, x_TH=plain.x_TH.clone())
+    problem.x_TH[:, 1] = torch.tensor(nats).repeat(T)[:T]
+    truth, (got, report) = textbook(problem.double()), fused(problem, 2.0)
+    expected = fused(plain, 2.0)[1]
+    assert expected.active < 0.5 and abs(report.active / expected.active - 1) < 0.1
+    error = errors(got.dx_TH, truth.dx_TH).rms
+    assert error <= 2 * ROUNDING and error < report.error
+    assert (got.logp_T - truth.logp_T).abs().amax() < 5e-3
 
 
 @pytest.mark.parametrize("source", ["int8"], indirect=True)
-def test_a_low_offset_loses_nothing(source: str) -> None:
-    """The likeliest row of every other token has an offset of -110 nats, which no float's exponent
-    holds, and states that make up for it."""
+def test_the_likeliest_rows_may_come_late(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far above what the first tile of rows and the target show of a token: up to 44 nats are
+    borne, more are done exactly."""
+    monkeypatch.setattr(scan, "TILE_BYTES", 100 * 64 * 4)  # 30 tiles
     problem = text(bias=True)
-    sign_T = torch.tensor([1.0, -1.0]).repeat(len(problem.y_T))[: len(problem.y_T)]
-    problem.w_VH[:, :2] = torch.tensor([0.0, 1.0])
-    problem.w_VH[0, :2] = torch.tensor([1.0, 0.0])
-    problem.x_TH[:, :2] = sign_T[:, None] * torch.tensor([85.0, -45.0])
-    problem.head.bias_V[0] = -110
-    blocks = cpu.Blocks(problem.x_TH, problem.w_VH, problem.head)
-    look = scan.Int8(blocks, None)
-    look.scan(next(iter(blocks))[2], problem.y_T[: blocks.B].clamp(min=0))
-    z_VB = problem.w_VH @ problem.x_TH[: blocks.B].T + problem.head.bias_V[:, None]
-    lse_B = (look.sum_B.log2() + look.shift) / scan.LOG2_E
-    assert (z_VB.argmax(dim=0) == 0).float().mean() > 0.4
-    torch.testing.assert_close(lse_B, z_VB.logsumexp(dim=0), rtol=0, atol=1.0)
+    for nats, exact in ((30.0, False), (60.0, True), (100.0, True)):
+        problem.head.bias_V[:200] = -nats
+        problem.y_T[problem.y_T >= 0] = problem.y_T[problem.y_T >= 0] % 100 + 100
+        _is_as_good_as_exact(problem)
+        look = scan.Int8(blocks := cpu.Blocks(problem.x_TH, problem.w_VH, problem.head), None)
+        look.scan(next(iter(blocks))[2], problem.y_T[: blocks.B].clamp(min=0))
+        assert bool((look.sum_B > scan.LARGEST_SUM).any()) == exact
+
+
+@pytest.mark.parametrize("source", ["int8"], indirect=True)
+def test_a_token_without_weight_keeps_its_log_prob(source: str) -> None:
+    """No row is active for its sake, and its target lies 130 nats below those that are not."""
+    problem = text(bias=True)
+    t = int((problem.y_T >= 0).nonzero()[70])
+    problem.head.bias_V[-1] = -130
+    problem.y_T[t], problem.dlogp_T[t] = len(problem.w_VH) - 1, 0.0
+    problem.x_TH[t] = problem.x_TH[problem.y_T >= 0].mean(dim=0)
+    (got, report), (exact, _) = fused(problem, 2.0), fused(problem, 0)
+    assert report.active < 0.5 and report.dropped_T[t] > 0.001
+    assert abs(got.logp_T[t] - exact.logp_T[t]) < 0.1
 
 
 @pytest.mark.parametrize("source", ["int8"], indirect=True)
 @pytest.mark.parametrize("nats", [20.0, 100.0, 1e9, torch.inf])
 def test_rows_far_below_the_others(nats: float, source: str) -> None:
-    """As a mask leaves them, or a bias that spans more than a factor can: some are targets."""
+    """As a mask leaves them, or a bias; in the latter case one is a target."""
     problem = text(bias=True)
     problem.head.bias_V[-512:] -= nats if nats > 1e3 else torch.linspace(0.5, 1, 512) * nats
     has = problem.y_T >= 0
@@ -317,6 +334,41 @@ def _is_as_good_as_exact(problem: Problem) -> None:
         assert getattr(got, name).isfinite().all(), name
     assert errors(got.dx_TH, exact.dx_TH).rms < 2 * ROUNDING
     torch.testing.assert_close(got.logp_T, exact.logp_T, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize(("H", "turned", "lent"), [(96, 0, True), (32, 0, False), (96, 1, False)])
+def test_blocks_live_where_dw_is_rounded_to(
+    H: int, turned: bool, lent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If that is large enough, and has its rows in order."""
+    problem = text(torch.bfloat16, H=H)
+    w_VH = problem.w_VH.T.contiguous().T if turned else problem.w_VH
+    moments, blocks = fast._Sparse._moments, []
+    monkeypatch.setattr(
+        fast._Sparse,
+        "_moments",
+        lambda self, seen, *rest: (
+            blocks.append(seen.e_VB.data_ptr()),
+            moments(self, seen, *rest),
+        )[1],
+    )
+    args = problem.x_TH, w_VH, problem.y_T.clamp(min=0), problem.dlogp_T
+    options = torch.zeros_like(problem.dlogp_T), problem.head, (True, True, False), 2.0
+    dw_VH = fast.gradients(*args, *options)[2]
+    assert blocks and all((ptr == dw_VH.data_ptr()) == lent for ptr in blocks)
+
+
+def test_int8_keeps_something_back_for_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[Tensor] = []
+    plan = fast_plan.active_rows
+    monkeypatch.setattr(
+        fast_plan, "active_rows", lambda s, y, limit: (limits.append(limit), plan(s, y, limit))[1]
+    )
+    for in_int8 in (False, True):
+        monkeypatch.setattr(scan, "_pays", lambda x_NH, in_int8=in_int8: in_int8)
+        fused(text(T=50), 2.0)  # too few to be asked first whether they are flat
+    full, int8 = limits
+    assert abs(int8 / full - 0.875) < 0.02
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

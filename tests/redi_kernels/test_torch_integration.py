@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gradcheck_tools import text
 from redi_kernels import (
     LossHead,
     dpo_loss,
@@ -85,6 +86,26 @@ def test_operators_obey_torch_library(tolerance: float) -> None:
     torch.library.opcheck(
         ops.logprobs_backward, (x_TH, w_VH, y_T, *per_token, *head, True, False, True)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tolerance", [0.0, 1e-9, 8.0])  # exact, asked in vain, fast
+def test_gradients_have_the_strides_that_torch_compile_was_told(
+    dtype: torch.dtype, tolerance: float
+) -> None:
+    """Of a head that is a view of its transpose."""
+    problem = text(dtype, bias=True)
+    x_TH, w_VH, y_T = problem.x_TH, problem.w_VH.T.contiguous().T, problem.y_T
+    head = problem.head.bias_V, None, 1.0, -100, None, tolerance, "cpu"
+    ops, needs, each = torch.ops.redi_kernels, (True, True, True), [problem.dlogp_T] * 4
+    for op, values in ((ops.weighted, each[:1]), (ops.logprobs_backward, each)):
+        args = x_TH, w_VH, y_T, *values, *head, *needs
+        torch.library.opcheck(op, args, test_utils="test_faketensor")
+    grads = ops.weighted(x_TH, w_VH, y_T, each[0], *head, *needs)
+    assert tolerance < 8 or 0 < grads[6] < 0.5  # the share of rows computed
+    want = ops.weighted(x_TH, w_VH.contiguous(), y_T, each[0], *head, *needs)
+    for got, right in zip(grads, want, strict=True):
+        torch.testing.assert_close(got, right)
 
 
 def test_autocast_casts_both_and_keeps_master_gradients() -> None:
