@@ -18,7 +18,9 @@ the coarse sum less the same rows' coarse part. So a log-prob is off by about th
 error times the mass outside the active rows: a few 1e-4, where dense bf16 logits are off by 1e-2;
 more for tokens of little or no weight, as rows that matter to them alone are not active. The error
 itself is seen on active elements, both of whose logits are known: a block with a token whose error
-exceeds LARGEST_ERROR is done exactly instead.
+exceeds LARGEST_ERROR, or whose sum LARGEST_SUM, is done exactly instead.
+
+Each pass leaves a tile's rows with the core that will do them in the next: `cpu.over_rows`.
 """
 
 from dataclasses import dataclass
@@ -125,7 +127,7 @@ class Int8:
         for v in range(0, V, R):
             rows = slice(v, v + R)
             w_RH = w_VH[rows].to(blocks.acc)
-            # no matmul: each pass over rows leaves them where the next finds them, with one core
+            # no matmul, which would split the rows between the cores in another way
             self.offset_V1[rows] = (w_RH * self.mean_H).sum(dim=1, keepdim=True)
             self.w8_VH[rows], self.step_V1[rows] = _levels(w_RH * self.ratio_H)
         # logits are counted in bits, or in units of the cap
