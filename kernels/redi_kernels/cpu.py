@@ -35,7 +35,7 @@ TILE_BYTES = 4 << 20  # of a tile of rows; two cores' share of an L3
 GROUP_BYTES = 1 << 20  # of a group of rows in the accumulator's dtype: about one core's L2; four
 WIDENED = 4  # times that where a group is widened from bf16: fewer calls win there (measured)
 PARTS = 16  # of a group's rows in a sum over them
-ONE_CORES = 1 << 15  # elements: torch splits no less
+GRAIN = 1 << 15  # elements: torch splits no fewer between cores
 LOG2_E = math.log2(math.e)
 DW_ROWS = 2048  # vocabulary rows per matmul where its result is narrower than dW's accumulator
 
@@ -369,7 +369,7 @@ def over_rows(reduce: Callable[..., Tensor], f_RB: Tensor) -> Tensor:
     all others do, would have to fetch them back: seven times as long where cores share no cache."""
     R, B = f_RB.shape
     head = R - R % PARTS
-    if head == 0 or f_RB.numel() < ONE_CORES:
+    if head == 0 or f_RB.numel() < GRAIN:
         return reduce(f_RB, dim=0)
     part_PB = reduce(f_RB[:head].view(PARTS, -1, B), dim=1)
     if head < R:

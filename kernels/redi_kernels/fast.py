@@ -113,7 +113,7 @@ class _Sparse:
         source = self.source or self._begin()
         seen = source.scan(x_BH, y_B)
         target_B = blocks.sloped(self._target(t, seen.logp_B), seen.target_B)
-        energy = target_B[: len(x_nH)].double().square().sum()
+        energy = target_B.double().square().sum()
         s_V = self._moments(seen, x_nH, other_B)
         limit = source.share * self.budget * self._unit(seen.target_B[: len(x_nH)]) * energy.sqrt()
         active_V, left = fast_plan.active_rows(s_V, y_B[: len(x_nH)], limit)
@@ -130,8 +130,7 @@ class _Sparse:
         self.moments_VK += self.block_VK
         self.dropped_P[t] = found.dropped_B
         target_B = blocks.sloped(self._target(t, found.logp_B), found.target_B)
-        self.energy = self.energy + target_B[: len(x_nH)].double().square().sum()
-        self.left = self.left + left
+        self.energy, self.left = self.energy + target_B.double().square().sum(), self.left + left
         self._active(t.start, x_nH, y_B, active_A, w_AH, found.g_AB, target_B)
         return found.logp_B
 
@@ -179,7 +178,7 @@ class _Sparse:
             stats = blocks.statistics(blocks.logits(x_BH, self.z_VB), y_B, keep=keep)
         other_B, logp_B = self.other_P[t], stats.logp_B
         target_B = self._target(t, logp_B)
-        self.energy = self.energy + target_B[: len(x_nH)].double().square().sum()
+        self.energy = self.energy + target_B.double().square().sum()
         if stats.shifts:
             target_B = blocks.sloped(target_B, stats.target_B)
             grads.add_kept(t.start, x_nH, self.z_VB, y_B, stats.scale_GB * other_B, target_B)
@@ -243,12 +242,12 @@ class _Sparse:
         """The tail of all rows, and what was computed of some or of whole blocks."""
         assert self.rows is not None
         dw_VH, moments_VK, dtype = self.grads.dw_VH, self.moments_VK, self.blocks.w_VH.dtype
-        self.source = self.z_VB = None
+        self.source = self.z_VB = None  # freed before dW is made, or of its memory
         if dw_VH is not None:
             dw_VH.addmm_(moments_VK, q_KH)
             return dw_VH.index_add_(0, self.rows.index, self.rows.sums)
-        dw_VH = self.grads.rounded_VH
-        dw_VH = torch.empty_like(self.blocks.w_VH) if dw_VH is None else dw_VH
+        lent_VH = self.grads.rounded_VH
+        dw_VH = torch.empty_like(self.blocks.w_VH) if lent_VH is None else lent_VH
         torch.mm(moments_VK.to(dtype), q_KH.to(dtype), out=dw_VH)
         for index, sum_AH in zip(
             self.rows.index.split(ROWS), self.rows.sums.split(ROWS), strict=True

@@ -103,7 +103,7 @@ class Full:
 
 
 class Int8:
-    """Coarse logits; those of active rows in the weights' dtype."""
+    """Coarse logits; those of active rows in fp32."""
 
     share = 0.875  # of the budget: its own error comes on top of what is dropped
     stats = None  # nothing that exact mode could go on from
