@@ -2,20 +2,22 @@
 # when it is missing or setup.py has changed; a second run starts at once.
 #
 #   make demo PYTHON=python3.12              another interpreter (3.10 or newer)
-#   make test TORCH_SPEC=torch==2.8.0        another PyTorch
+#   make test TORCH_SPEC=torch==2.14.1       another PyTorch
 #   make test TORCH_INDEX=                   PyTorch from pip's own index only
+#   make test-oldest                         the oldest versions that setup.py allows, in .venv-oldest
 
 PYTHON      ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Read only by the recipes that install: asking the driver takes a moment.
 HAS_GPU      = $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo yes)
-TORCH_SPEC  ?= $(if $(HAS_GPU),torch>=2.8,torch==2.13.0)
+OLDEST_TORCH = $(shell $(PYTHON) tests/tools/floors.py torch)
+TORCH_SPEC  ?= $(if $(HAS_GPU),torch>=$(OLDEST_TORCH),torch==2.13.0)
 
 VENV := .venv
 BIN  := $(VENV)/bin
 PIP   = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow lint bench bench-trainer aot aot-3.6 count memory gpu-check chaos clean
+.PHONY: demo test test-slow test-oldest lint bench bench-trainer aot aot-3.6 count memory gpu-check chaos clean
 
 demo: $(VENV)/.demo  # one thread: the model is so small that a second one is mostly waited for
 	OMP_NUM_THREADS=1 $(BIN)/redi run recipes/demo.yaml
@@ -26,6 +28,10 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+# The same tests with the oldest versions that setup.py allows, which is where they are read from.
+test-oldest:
+	$(MAKE) test VENV=$(VENV)-oldest OLDEST=yes TORCH_SPEC=torch==$(OLDEST_TORCH)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -67,7 +73,7 @@ chaos: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python bench/chaos.py
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # --- installing: one stamp per set of extras, redone when setup.py changes
 
@@ -91,7 +97,8 @@ $(VENV)/.demo: setup.py $(VENV)/.torch
 
 $(VENV)/.dev: setup.py $(VENV)/.torch
 	@echo '==> redi with the extra dev (what the tests need)'
-	@$(PIP) -e '.[dev]'
+	@$(BIN)/python tests/tools/floors.py > $(VENV)/oldest.txt
+	@$(PIP) $(if $(OLDEST),--constraint $(VENV)/oldest.txt) -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
 comma := ,

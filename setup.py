@@ -1,7 +1,8 @@
 """The distribution `reinforcement-distillation`: packages `redi` and `redi_kernels`.
 
 Everything about packaging stands here, the version too (`redi.__version__` asks the installed
-metadata). pyproject.toml only configures the tools.
+metadata). pyproject.toml only configures the tools. Every requirement names its oldest version, and
+`make test-oldest` runs the tests with exactly those.
 """
 
 from pathlib import Path
@@ -10,16 +11,16 @@ from setuptools import setup
 
 VERSION = "0.1.0"
 
-TRITON = 'triton>=3.4; platform_system == "Linux"'
+TRITON = 'triton>=3.6; platform_system == "Linux"'
 LIGER = 'liger-kernel>=0.8.1; platform_system == "Linux"'
 
 EXTRAS = {
     "gpu": [TRITON],  # flash-attn is built by hand, see README.md
     "data": ["math-verify>=0.9"],
-    "plot": ["matplotlib>=3.8"],
+    "plot": ["matplotlib>=3.9.2"],
     "liger": [LIGER],  # RMSNorm, RoPE and SwiGLU on a GPU
     "lora": ["peft>=0.18"],
-    "track": ["tensorboard", "trackio"],
+    "track": ["tensorboard>=2.18", "trackio>=0.30"],
 }
 EXTRAS["dev"] = [
     # All that the tests need, so that only tests for an NVIDIA GPU are skipped.
@@ -28,16 +29,16 @@ EXTRAS["dev"] = [
     *EXTRAS["lora"],
     TRITON,  # its interpreter runs the GPU kernels' tests on a CPU, Liger's too
     LIGER,
-    "build",
-    "hypothesis",
-    "mypy",
-    "pytest>=8",
-    "pytest-benchmark",
-    "pytest-xdist",
-    "ruff",
-    "setuptools>=77",  # the wheel test builds without isolation
+    "build>=1.2.1",
+    "hypothesis>=6.120",
+    "mypy>=1.13",
+    "pytest>=8.3",
+    "pytest-benchmark>=5",
+    "pytest-xdist>=3.6.1",
+    "ruff>=0.8",
+    "setuptools>=77.0.3",  # the wheel test builds without isolation
     "trl>=1.16,<2",
-    "types-PyYAML",
+    "types-PyYAML>=6.0.12",
 ]
 
 setup(
@@ -61,16 +62,16 @@ setup(
     ],
     package_data={"redi.pages": ["templates/*"]},
     install_requires=[
-        "jinja2",
-        "torch>=2.8",
-        "transformers>=5.10.4",  # earlier 5.x trips over a folder called `kernels`
-        "numpy",
-        "pyarrow",
-        "pydantic>=2",
-        "pyyaml",
-        "rich",
-        "safetensors",
-        "typer",
+        "jinja2>=3.1.4",
+        "torch>=2.11",
+        "transformers>=5.17",
+        "numpy>=2.1",
+        "pyarrow>=21",
+        "pydantic>=2.10",
+        "pyyaml>=6.0.2",
+        "rich>=13.9",
+        "safetensors>=0.8",
+        "typer>=0.16",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["redi = redi.cli:main"]},
