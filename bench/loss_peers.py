@@ -63,6 +63,15 @@ def cce_triton() -> Loss:
     return lambda x_TH, w_VH, y_T: linear_cross_entropy(x_TH, w_VH, y_T, impl="cce_exact")
 
 
+def liger() -> Loss:
+    """Its Triton cross-entropy, chunked over tokens."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("needs a GPU")
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as loss
+
+    return lambda x_TH, w_VH, y_T: loss(x_TH, w_VH, y_T)
+
+
 def trl() -> Loss:
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as chunk

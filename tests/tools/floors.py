@@ -1,4 +1,4 @@
-"""The oldest version that setup.py allows of each requirement: the one source of `make test-oldest`.
+"""The oldest version that setup.py allows of each requirement, for `make test-oldest`.
 
     python tests/tools/floors.py            all, as pip's constraints: "numpy==2.1"
     python tests/tools/floors.py torch      one of them, the version alone
