@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from redi import preflight
 from redi.config import DataConfig, EvalConfig, RunConfig, StudyConfig, TrainConfig
 from redi.errors import RediError
 from redi.recipe import load_config, make_config, read_value, set_field
@@ -40,9 +41,10 @@ OutputDir = Annotated[Path, typer.Option("--output_dir", "--output-dir")]
 @app.command(context_settings=FIELDS)
 def run(context: typer.Context, recipe: Path) -> None:
     """The whole job of a recipe; what is done already is skipped."""
+    config = load_config(RunConfig, recipe, _overrides(RunConfig, context.args))
     from redi.run import run as run_job
 
-    run_job(load_config(RunConfig, recipe, _overrides(RunConfig, context.args)))
+    run_job(config)
 
 
 @app.command(context_settings=FIELDS)
@@ -52,9 +54,9 @@ def study(
     report: Annotated[bool, typer.Option("--report", help="of the results so far only")] = False,
 ) -> None:
     """Tasks x arms x learning rates x seeds, to one JSON; what is in it is not done again."""
+    config = load_config(StudyConfig, recipe, _overrides(StudyConfig, context.args))
     from redi.study import study as run_study
 
-    config = load_config(StudyConfig, recipe, _overrides(StudyConfig, context.args))
     run_study(config, report_only=report)
 
 
@@ -69,10 +71,12 @@ def train(
     """One training stage, SFT or REDI; continues where it was interrupted."""
     settings = _config(TrainConfig, config, context.args)
     if dry_run:
+        preflight.check_plan(settings)
         from redi.plan import describe
 
         print(describe(settings))
         return
+    preflight.check_training(settings)
     from redi import distributed
     from redi.train import train as train_stage
 
@@ -96,9 +100,10 @@ def plan(
     ] = None,
 ) -> None:
     """What a training recipe needs and takes: memory per GPU, steps, hours; trains nothing."""
+    settings = load_config(TrainConfig, recipe, _overrides(TrainConfig, context.args))
+    preflight.check_plan(settings)
     from redi.plan import describe
 
-    settings = load_config(TrainConfig, recipe, _overrides(TrainConfig, context.args))
     print(describe(settings, gpus=gpus, gpu_memory=gpu_memory, gpu=gpu, mean_length=mean_length))
 
 
@@ -110,12 +115,13 @@ def evaluate(
     config: ConfigFile = None,
 ) -> None:
     """Samples and grades answers: pass@1 with its error, pass@k, every sample kept."""
+    settings = _config(EvalConfig, config, context.args)
+    preflight.check_evaluation(model, settings)
     from redi.evaluation.compare import benchmark_table
     from redi.evaluation.evaluate import evaluate as evaluate_model
     from redi.evaluation.evaluate import evaluate_benchmarks
     from redi.report import model_table, print_table
 
-    settings = _config(EvalConfig, config, context.args)
     if settings.benchmarks:
         print_table(benchmark_table(evaluate_benchmarks(model, settings, output_dir)))
     else:
@@ -176,6 +182,9 @@ def traces(
     ] = "change",
 ) -> None:
     """Right and wrong traces under two models, coloured by each token's change of log-prob."""
+    preflight.check_data("--dataset_name", dataset_name)
+    for model in (before, after):
+        preflight.check_model("traces", model)
     from redi.pages.traces import write_trace_page
 
     file = write_trace_page(
@@ -208,10 +217,12 @@ def data_show(
     output: Annotated[Path | None, typer.Option("--output", help="an HTML page")] = None,
 ) -> None:
     """One row as training sees it: which tokens are masked, trained, the stop token."""
-    from redi.pages.data import find_example, print_traces, shown_traces, write_show_page
-
     if row is not None and id is not None:
         raise RediError("--row and --id: give one of them")
+    preflight.check_data("data show", path)
+    preflight.check_folder("--tokenizer", tokenizer, "tokenizer")
+    from redi.pages.data import find_example, print_traces, shown_traces, write_show_page
+
     example = find_example(path, row=row, id=id)
     shown = shown_traces(example, _tokenizer(tokenizer))
     if output is None:
@@ -230,10 +241,11 @@ def data_build(
     config: ConfigFile = None,
 ) -> None:
     """Raw generations (or ready rows) to positives.parquet, pairs.parquet and a report."""
+    settings = _config(DataConfig, config, context.args)
+    preflight.check_build(settings, tokenizer)
     from redi.data.build import build
     from redi.monitor import ticker
 
-    settings = _config(DataConfig, config, context.args)
     rows = ticker("rows read")
     report = build(settings, output_dir, tokenizer=_tokenizer(tokenizer), progress=rows)
     print(report.text())

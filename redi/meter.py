@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-PARTS = ("data", "forward", "loss", "backward", "optimizer", "eval", "save")
+from redi.monitor import PARTS
+
 # Dense bf16 tensor FLOP/s by part of the device's name, from NVIDIA's and AMD's data sheets (as
 # torchtitan has them); the first that matches. Consumer cards: at fp32 accumulation.
 PEAK_FLOPS = {

@@ -14,6 +14,9 @@ from typing import Any
 
 from redi.files import write_text
 
+# What a step's time goes to (redi/meter.py measures it), in the order in which pages show it.
+PARTS = ("data", "forward", "loss", "backward", "optimizer", "eval", "save")
+
 
 @dataclass
 class TrainState:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from redi import preflight
 from redi.config import TrainConfig
 from redi.errors import RediError
 from redi.meter import PEAK_FLOPS, model_flops
@@ -173,8 +174,9 @@ def describe(
     """
     if gpu not in PEAK_FLOPS:
         raise RediError(f"--gpu {gpu}: not one of {', '.join(PEAK_FLOPS)}")
-    planner = Planner(config)
+    preflight.check_plan(config)
     num_examples, source = _num_examples(config)
+    planner = Planner(config)
     schedule = Schedule(num_examples, config)
     rows = [*_what(planner, schedule, source), *_memory(planner, gpus, gpu_memory)]
     if gpus:
@@ -269,11 +271,7 @@ def _num_examples(config: TrainConfig) -> tuple[int, str]:
         from redi.data.read import read_examples
 
         return len(read_examples(config.dataset_name)), config.dataset_name
-    if config.expected_examples is None:
-        raise RediError(
-            f"dataset_name: {config.dataset_name}: no such file; "
-            "set expected_examples to plan without it"
-        )
+    assert config.expected_examples is not None  # the recipe was checked
     return config.expected_examples, f"expected; {config.dataset_name} is not here"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from redi_kernels import cpu, scan
-from redi_kernels.triton.config import Config
+from redi_kernels.head import SLAB_BYTES
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -154,7 +154,7 @@ def _workspace(x_TH: Tensor, w_VH: Tensor, options: dict[str, Any], cuda: bool) 
     accumulator = 4 * w_VH.numel() if dtype.itemsize < 4 else 0
     rows = 2 * x_TH.numel() * dtype.itemsize
     if cuda:
-        return Config.slab_bytes + accumulator + rows
+        return SLAB_BYTES + accumulator + rows
     B = cpu._power_of_two(cpu.BUFFER_BYTES // (V * dtype.itemsize), *cpu.BLOCK_TOKENS)
     groups = 1 if options.get("softcap") is None else 3
     if options.get("tolerance"):  # the weights in int8, a tile of logits as integers and floats

@@ -18,21 +18,23 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from redi import preflight
 from redi.config import DataConfig, EvalConfig, RunConfig, TrainConfig
-from redi.data.files import find_files, is_hub_name
+from redi.data.arithmetic import TASK_FILES
 from redi.errors import RediError
-from redi.evaluation.evaluate import EvalResult, evaluate
 from redi.files import write_text
 from redi.monitor import ticker
-from redi.pages.run import RECIPE, write_run_page
 from redi.recipe import load_config, make_config
-from redi.report import write_report
+
+if TYPE_CHECKING:
+    from redi.evaluation.results import EvalResult
 
 DONE = "done.json"
 
@@ -57,13 +59,27 @@ class Job:
             self.data = DataConfig(path=str(self.task_dir / "train.jsonl"))
         else:
             self.data = config.data
-            if not is_hub_name(self.data.path):
-                find_files(self.data.path)
         self.eval = make_config(
             EvalConfig,
             self._fill({"seed": config.seed} | config.eval.model_dump(exclude_unset=True)),
             "eval",
         )
+        self._check_inputs()
+
+    def _check_inputs(self) -> None:
+        """Raises RediError unless all that the recipe names is there, or an earlier step makes it."""
+        made: set[Path] = set()
+        if self.config.task is not None:
+            made |= {self.task_dir / name for name in TASK_FILES}
+        with _named("data"):
+            preflight.check_build(self.data, made=made)
+        made |= {self.data_dir / name for name in ("positives.parquet", "pairs.parquet")}
+        for name, stage in self.stages.items():
+            with _named(name):
+                preflight.check_training(stage, made)
+            made.add(Path(stage.output_dir))
+        with _named("eval"):
+            preflight.check_questions(self.eval, made)
 
     def _stage(self, name: str, settings: dict[str, Any]) -> dict[str, Any]:
         """Adds a stage; returns what a stage that starts from its model needs."""
@@ -85,18 +101,30 @@ class Job:
         return filled
 
 
+@contextmanager
+def _named(section: str) -> Iterator[None]:
+    """Errors inside say which section of the recipe they are about."""
+    try:
+        yield
+    except RediError as error:
+        raise RediError(f"{section}: {error}") from None
+
+
 def run(
     config: RunConfig | str | os.PathLike, callbacks: Sequence[Any] = ()
-) -> dict[str, EvalResult]:
+) -> "dict[str, EvalResult]":
     """Runs what is not done yet; returns each model's evaluation by name.
 
     Raises RediError for anything the user can put right, Interrupted after a signal.
     """
-    from redi.train import train
-
     if not isinstance(config, RunConfig):
         config = load_config(RunConfig, config, {})
-    job = Job(config)
+    job = Job(config)  # before what takes seconds to import: a bad recipe is said at once
+    from redi.evaluation.evaluate import evaluate
+    from redi.pages.run import RECIPE, write_run_page
+    from redi.report import write_report
+    from redi.train import train
+
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RediError(
             "redi run is one process: under torchrun run its stages one by one, with redi train"

@@ -4,7 +4,6 @@ import sys
 import time
 from typing import Any, TextIO
 
-from redi.meter import PARTS
 from redi.monitor import Callback, TrainState
 
 LINE = (

@@ -28,7 +28,6 @@ from redi.errors import RediError
 from redi.evaluation.evaluate import evaluate
 from redi.evaluation.results import EvalResult
 from redi.files import write_text
-from redi.follow import Snapshots
 from redi.monitor import read_metrics, say
 from redi.recipe import load_config, make_config
 from redi.run import Job, run
@@ -49,6 +48,8 @@ def study(config: StudyConfig, *, report_only: bool = False) -> list[Cell]:
     Raises RediError for a bad recipe and for results that were made with other settings.
     """
     job = Study(config)
+    if not report_only:
+        job.check()
     while not report_only and not job.one_pass():
         pass
     if not job.cells:
@@ -128,6 +129,15 @@ class Study:
         self.starts: dict[tuple[str, int], Start] = {}
         self.dropped = False
 
+    def check(self) -> None:
+        """Raises RediError for a recipe or an arm that could not run, before hours of others do."""
+        for task, recipe in self.recipes.items():
+            folder = Path(self.config.output_dir) / task
+            start = Start(recipe, self.config.sweep_seed, "validation", folder)
+            Job(start.recipe)
+            for arm in self.config.arms:
+                self._stage(start, arm, 1.0, folder / arm, dataset="")
+
     def one_pass(self) -> bool:
         """Everything once; False if cells had to be dropped on the way, and another is needed."""
         self.dropped = False
@@ -163,6 +173,8 @@ class Study:
             cell = self.cell(task, arm, rate, seed)
             if "accuracy_curve" in cell:
                 continue
+            from redi.follow import Snapshots
+
             say(f"== study: {task}, {arm} at {rate:g}, on the way")
             start = self._start(task, seed, "validation")
             sft, folder = start.folder / "sft", start.folder / f"{arm}-{rate:g}-followed"
@@ -239,22 +251,28 @@ class Study:
     ) -> None:
         from redi.train import train
 
+        dataset = str(start.dataset(list(self.config.arms[arm].own)))
+        stage = self._stage(start, arm, rate, folder, dataset)
+        # The same number of steps for every arm, however many of its rows were left out.
+        stage.max_steps = math.ceil(len(start.pairs) / stage.train_batch_size)
+        train(stage, callbacks, name=arm)
+
+    def _stage(
+        self, start: Start, arm: str, rate: float, folder: Path, dataset: str
+    ) -> TrainConfig:
         how: StudyArm = self.config.arms[arm]
         settings = {
             **start.recipe.defaults,
             "objective": "redi",
             **how.settings,
             "model_name_or_path": str(start.folder / "sft"),
-            "dataset_name": str(start.dataset(list(how.own))),
+            "dataset_name": dataset,
             "output_dir": str(folder),
             "learning_rate": rate,
             "seed": start.seed,
             "save_total_limit": 1,
         }
-        stage = make_config(TrainConfig, settings, arm)
-        # The same number of steps for every arm, however many of its rows were left out.
-        stage.max_steps = math.ceil(len(start.pairs) / stage.train_batch_size)
-        train(stage, callbacks, name=arm)
+        return make_config(TrainConfig, settings, arm)
 
     def _habits(self, task: str, samples: Path) -> Cell:
         """How the samples of a generated task were worked out, right or wrong."""

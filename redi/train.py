@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from redi import checkpoint, distributed
+from redi import checkpoint, distributed, preflight
 from redi.config import TrainConfig
 from redi.data.divergence import push_from_divergence
 from redi.data.pack import Pack, pack_step
@@ -55,6 +55,7 @@ def train(
     and Interrupted after SIGINT or SIGTERM, when a checkpoint has been saved.
     """
     config = _checked(config)
+    preflight.check_training(config)
     ranks = distributed.setup()
     with ExitStack() as until_done:
         claimed = claim(Path(config.output_dir), "run")

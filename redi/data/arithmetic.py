@@ -31,6 +31,7 @@ from redi.config import TaskConfig
 from redi.data.recheck import ANSWER_MARK, Checker
 from redi.errors import RediError
 
+TASK_FILES = ("pretrain.jsonl", "train.jsonl", "validation.jsonl", "test.jsonl", "tokenizer")
 Term = tuple[str, int]  # ("+" or "-", digit); a chain's first term is a "+"
 
 CHAT_TEMPLATE = (

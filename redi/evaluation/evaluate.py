@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from redi import preflight
 from redi.config import EvalConfig
 from redi.data.read import Example, Prompt, make_prompt, read_examples
 from redi.data.verify import grading_rules
@@ -102,6 +103,7 @@ def evaluate(
     name, folder = os.fspath(model_name_or_path), Path(output_dir)
     if config.dataset_name is None:
         raise RediError("benchmarks: evaluate takes a dataset_name; use evaluate_benchmarks")
+    preflight.check_evaluation(name, config)
     questions = read_questions(config)
     pairs = read_examples(config.pairs_name) if config.pairs_name is not None else []
     fingerprint = _fingerprint(name, config, questions, pairs)

@@ -11,8 +11,7 @@ import yaml
 
 from redi.errors import RediError
 from redi.evaluation.results import EvalResult, bootstrap, load_result
-from redi.meter import PARTS
-from redi.monitor import read_metrics
+from redi.monitor import PARTS, read_metrics
 from redi.pages.charts import POINTS, line_chart
 from redi.pages.html import write_page
 from redi.plots import PANELS, points

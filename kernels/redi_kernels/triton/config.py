@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from redi_kernels.head import SLAB_BYTES
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -37,7 +39,7 @@ class Config:
     tma: bool = False
     persistent: bool = False
     precision: str = "ieee"
-    slab_bytes: int = 336 << 20  # 1152 tokens of a vocabulary of 151,936 in bf16
+    slab_bytes: int = SLAB_BYTES
     min_slice: int = 4096
 
     def __post_init__(self) -> None:
