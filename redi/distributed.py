@@ -119,8 +119,9 @@ def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, *, bf16: bool
 def reshard(model: nn.Module) -> None:
     """After a forward without backward: the outermost group would stay gathered, hide its shards'
     gradients from clipping, and miss the optimizer's step."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    for module in model.modules():  # all of them: a forward that failed left the inner ones too
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, list[int]]:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from redi_kernels import modelcheck
 from redi_kernels.hf import logit_options
 from torch import Tensor, nn
 
-from redi import attention, blocks
+from redi import attention, blocks, selfcheck
 from redi.config import TrainConfig
 from redi.data.pack import Pack
 from redi.errors import RediError
@@ -43,19 +44,50 @@ class PackedLM(nn.Module):
         self.lm = lm
         self.lm.set_attn_implementation(attention.NAME)  # any other would mix the traces
         self.autocast = autocast
+        self.one_at_a_time = False  # as `selfcheck.check_packs` finds: its traces mix in a pack
 
     def forward(self, pack: Pack, head: Head[Out]) -> Out:
         device_type = pack.input_ids_T.device.type
         with torch.autocast(device_type, torch.bfloat16, enabled=self.autocast):
-            x_1TH = self.lm.model(
-                input_ids=pack.input_ids_T[None],
-                position_ids=pack.position_ids_T[None],
-                use_cache=False,  # a cache would let traces see each other
-                cu_seqlens=pack.cu_seqlens,
-                seqlens=pack.seqlens,
-            ).last_hidden_state
+            x_TH = self.states(pack)
             options = {**self.logit_options(), "num_valid": pack.num_targets}
-            return head(x_1TH[0], self.lm.lm_head.weight, pack, options)
+            return head(x_TH, self.lm.lm_head.weight, pack, options)
+
+    def states(self, pack: Pack) -> Tensor:
+        """The last hidden states [T, H]. Sharded ranks must hold equally many traces where they
+        run one at a time: see `pack_size`."""
+        if not self.one_at_a_time or len(pack.seqlens) == 1:
+            return self._states(
+                pack.input_ids_T, pack.position_ids_T, pack.cu_seqlens, pack.seqlens
+            )
+        tokens = (z.split(pack.seqlens) for z in (pack.input_ids_T, pack.position_ids_T))
+        ends = (pair_2 - pair_2[0] for pair_2 in pack.cu_seqlens.unfold(0, 2, 1))
+        traces = zip(*tokens, ends, ((n,) for n in pack.seqlens), strict=True)
+        return torch.cat([self._states(*trace) for trace in traces])
+
+    def _states(
+        self, ids_T: Tensor, positions_T: Tensor, cu_seqlens: Tensor, seqlens: tuple[int, ...]
+    ) -> Tensor:
+        """Where traces end is told to our attention, and, in transformers' own words, to the
+        kernels of recurrent families. To them not of a single trace: there is nothing to keep
+        apart, and where such a kernel is missing its stand-in would refuse."""
+        more: dict[str, Any] = {}
+        if len(seqlens) > 1:
+            more["cu_seq_lens_q"] = more["cu_seq_lens_k"] = cu_seqlens
+            more["max_length_q"] = more["max_length_k"] = max(seqlens)
+            more["seq_idx"] = (positions_T == 0).cumsum(0, dtype=torch.int32)[None] - 1
+        return self.lm.model(
+            input_ids=ids_T[None],
+            position_ids=positions_T[None],
+            use_cache=False,  # a cache would let traces see each other
+            seqlens=seqlens,
+            ends_S=cu_seqlens,
+            **more,
+        ).last_hidden_state[0]
+
+    def pack_size(self, max_tokens: int) -> int:
+        """What a packer may put together; 1: each trace (or pair) alone, as many on each rank."""
+        return 1 if self.one_at_a_time else max_tokens
 
     def logit_options(self) -> dict[str, Any]:
         """How this family shapes its logits, in `redi_kernels`' words."""
@@ -166,13 +198,13 @@ def load_model_config(config: TrainConfig, *, for_weights: bool = False) -> Any:
             raise RediError(
                 f"{config.model_name_or_path}: no model could be loaded ({_first_line(error)})"
             ) from None
+    text_config = model_config.get_text_config(decoder=True)  # itself, but for composite ones
     if config.max_position_embeddings is not None:
-        model_config.max_position_embeddings = config.max_position_embeddings
+        text_config.max_position_embeddings = config.max_position_embeddings
     if config.rope_theta is not None:
-        _set_rope_theta(model_config, config.rope_theta)
-    for field in vars(model_config):  # the paper disables dropout; exact resume needs it off too
-        if field.endswith(("dropout", "_pdrop")) and getattr(model_config, field):
-            setattr(model_config, field, 0.0)
+        _set_rope_theta(text_config, config.rope_theta)
+    for part in modelcheck.configs(model_config):
+        _switch_off_dropout(part)
     return model_config
 
 
@@ -181,14 +213,14 @@ def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> Pa
 
     Prepared for `device`, but on the CPU: no GPU may hold it whole before it is sharded.
     `device="meta"` builds shapes only. Raises RediError when the files are missing or do not fit,
-    or when the family's positions depend on what a pack holds.
+    or when the family does not compute what redi would (redi/selfcheck.py).
     """
     from transformers import AutoModelForCausalLM
 
     gc.collect()  # an earlier stage's model, which cycles of references keep, may be gigabytes
     is_meta = str(device) == "meta"
     model_config = load_model_config(config, for_weights=not is_meta)
-    _check_positions(model_config, config)
+    selfcheck.refuse_untold(model_config, config)
     common = {
         "dtype": torch.float32,
         "trust_remote_code": config.trust_remote_code,
@@ -214,31 +246,21 @@ def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> Pa
                 f"{config.model_name_or_path}: no model could be loaded ({_first_line(error)})"
             ) from None
         lm.config.dtype = stored_dtype
+    if config.model_check and not is_meta:
+        model = selfcheck.compare_with_own(lm, PackedLM, torch.device(device))
+    else:
+        model = PackedLM(lm)
     blocks.prepare(lm, config, torch.device(device))
-    autocast = bool(config.bf16) and torch.device(device).type == "cpu"
-    return PackedLM(lm, autocast=autocast).train()
+    model.autocast = bool(config.bf16) and torch.device(device).type == "cpu"
+    return model.train()
 
 
-def _check_positions(model_config: Any, config: TrainConfig) -> None:
-    """Some families' attention or positions are not a trace's own in a pack. (In chunks: only their
-    mask knows; longrope, dynamic: the longest trace of the pack decides.)"""
-    chunk = getattr(model_config, "attention_chunk_size", None)
-    if chunk is not None and config.max_length > chunk:
-        raise RediError(
-            f"{model_config.model_type}: attends in chunks of {chunk} tokens, which redi does not "
-            f"compute; set max_length to {chunk} at most"
-        )
-    rope: Any = getattr(model_config, "rope_parameters", None)
-    rope = rope if isinstance(rope, dict) else {}
-    scaling = rope.get("rope_type")
-    names = ("original_max_position_embeddings", "max_position_embeddings")
-    known = (getattr(model_config, name, None) for name in names)
-    original = next(filter(None, (rope.get(names[0]), *known)), config.max_length)
-    if scaling in ("longrope", "dynamic") and config.max_length > original:
-        raise RediError(
-            f"{model_config.model_type}: beyond {original} tokens its {scaling} positions change "
-            f"with the longest trace of a pack; set max_length to {original} at most"
-        )
+def _switch_off_dropout(model_config: Any) -> None:
+    """The paper disables dropout; and what draws nothing needs no seed to be resumed exactly."""
+    for field, value in vars(model_config).items():
+        names_it = any(word in field for word in ("dropout", "pdrop", "layerdrop"))
+        if names_it and isinstance(value, float) and value:
+            setattr(model_config, field, 0.0)
 
 
 def _set_rope_theta(model_config: Any, theta: float) -> None:

@@ -68,7 +68,7 @@ def _compute(
         for start in range(0, len(traces), CHUNK):
             yield from pack_step(
                 traces[start : start + CHUNK],
-                config.max_tokens_per_batch,
+                model.pack_size(config.max_tokens_per_batch),
                 rank=ranks.rank,
                 world_size=ranks.world_size,
                 squares=squares,
