@@ -19,7 +19,7 @@ from redi.config import TrainConfig
 from redi.distributed import full_tensors
 from redi.files import publish
 from redi.model import is_dropout
-from redi.older_readers import tell_rope, tell_tokenizer
+from redi.older_readers import tell_rope, tell_tokenizer, write_json
 from redi.start import INDEX, local_folder, quietly, stored_dtypes, weight_files
 
 GENERATION = "generation_config.json"
@@ -78,8 +78,10 @@ def export(
             _save_model(lm, weights, aside)
             tokenizer.save_pretrained(aside)
         _keep_dtypes(aside, _dtypes_to_keep(config), stored_dtype(lm, config.dtype))
-        _write_json(aside / GENERATION, generation)
+        write_json(aside / GENERATION, generation)
         _finish_config(aside / "config.json", lm, config)
+        with quietly():
+            tell_rope(aside, type(lm.config))
         tell_tokenizer(aside, tokenizer_source, tokenizer)
         _copy_companions(aside, source, tokenizer_source)
         (aside / "README.md").write_text(card)
@@ -142,7 +144,7 @@ def _keep_dtypes(folder: Path, dtypes: dict[str, torch.dtype], other: torch.dtyp
     if (folder / INDEX).exists():
         index = json.loads((folder / INDEX).read_text())
         index["metadata"]["total_size"] = num_bytes
-        _write_json(folder / INDEX, index)
+        write_json(folder / INDEX, index)
 
 
 def _generation_config(
@@ -174,8 +176,7 @@ def _finish_config(file: Path, lm: Any, config: TrainConfig) -> None:
         came = came.get_text_config()
     _put_back_dropout(settings, came.to_dict())
     settings["dtype"] = str(stored_dtype(lm, config.dtype)).removeprefix("torch.")
-    tell_rope(settings, lm.config)
-    _write_json(file, settings)
+    write_json(file, settings)
 
 
 def _put_back_dropout(settings: dict[str, Any], came: dict[str, Any]) -> None:
@@ -194,10 +195,6 @@ def _copy_companions(folder: Path, *sources: Path | None) -> None:
             for file in source.glob(pattern):
                 if not (folder / file.name).exists():
                     shutil.copyfile(file, folder / file.name)
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def model_card(config: TrainConfig, steps: int, metrics: dict[str, float]) -> str:

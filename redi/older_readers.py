@@ -20,20 +20,24 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def tell_rope(settings: dict[str, Any], model_config: Any) -> None:
-    """Adds `rope_theta`, `rope_scaling` and kin to the content of a config.json, wherever it holds
+def tell_rope(folder: Path, config_class: Any) -> None:
+    """Adds `rope_theta`, `rope_scaling` and kin to the config.json in `folder`, wherever it holds
     `rope_parameters`; but for what would change how transformers 5 reads it."""
-    before = _rope_parameters(_read(settings, model_config))
+    file = folder / "config.json"
+
+    def read_after_writing() -> list[dict[str, Any]]:
+        write_json(file, settings)
+        return [part["rope_parameters"] for part in _parts(config_class.from_pretrained(folder).to_dict())]
+
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    before = read_after_writing()
     for part in _parts(settings):
-        old = _old_names(part["rope_parameters"])
-        part.update(old)
-        if _rope_parameters(_read(settings, model_config)) != before:
-            for name in old:
-                del part[name]
-
-
-def _read(settings: dict[str, Any], model_config: Any) -> dict[str, Any]:
-    return type(model_config).from_dict(json.loads(json.dumps(settings))).to_dict()
+        kept = dict(part)
+        part.update(_old_names(part["rope_parameters"]))
+        if read_after_writing() != before:
+            part.clear()
+            part.update(kept)
+    write_json(file, settings)
 
 
 def _parts(settings: Any) -> list[dict[str, Any]]:
@@ -43,10 +47,6 @@ def _parts(settings: Any) -> list[dict[str, Any]]:
     inner = [part for key, value in settings.items() if key != "rope_parameters"
              for part in _parts(value)]  # fmt: skip
     return [settings, *inner] if isinstance(settings.get("rope_parameters"), dict) else inner
-
-
-def _rope_parameters(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    return [part["rope_parameters"] for part in _parts(settings)]
 
 
 def _old_names(rope: dict[str, Any]) -> dict[str, Any]:
@@ -82,5 +82,9 @@ def tell_tokenizer(folder: Path, source: Path | None, tokenizer: Any) -> None:
         more = settings.pop("extra_special_tokens")
         known = settings.get("additional_special_tokens") or []
         settings["additional_special_tokens"] = known + [t for t in more if t not in known]
-    text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+    write_json(file, settings)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
     file.write_text(text + "\n", encoding="utf-8")
