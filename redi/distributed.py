@@ -136,16 +136,20 @@ def local_part(tensor: Tensor) -> tuple[Tensor, list[int]]:
 def full_tensors(
     named: Mapping[str, Tensor], *, dtype: torch.dtype | None = None, keep: bool = True
 ) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, as `dtype`, for ranks that `keep` them; the others get an empty
-    dictionary and hold one whole tensor at a time.
+    """Whole tensors on the CPU, those of floating numbers as `dtype`, for ranks that `keep` them;
+    the others get an empty dictionary and hold one whole tensor at a time. A tensor under several
+    names (a tied one) is gathered once and stays one.
 
     A collective: all ranks call it in the same order.
     """
-    gathered = {}
+    gathered: dict[str, Tensor] = {}
+    first_name: dict[int, str] = {}  # by the tensor's id
     for name, tensor in named.items():
-        value = whole(tensor)
+        known = first_name.setdefault(id(tensor), name)
+        value = whole(tensor).detach() if known == name else None
         if keep:
-            gathered[name] = value.detach().to("cpu", dtype)
+            wanted = dtype if tensor.is_floating_point() else None
+            gathered[name] = gathered[known] if value is None else value.to("cpu", wanted)
     return gathered
 
 

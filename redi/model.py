@@ -4,7 +4,7 @@ The model's own code is untouched. A pack's hidden states go straight from the d
 of `redi_kernels`, so the [T, V] logits never exist.
 """
 
-import contextlib
+import copy
 import gc
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from redi_kernels import modelcheck
 from redi_kernels.hf import logit_options
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from redi import attention, blocks, selfcheck
 from redi.config import TrainConfig
 from redi.data.pack import Pack
 from redi.errors import RediError
+from redi.start import first_line, read_causal_lm
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 Out = TypeVar("Out")
@@ -156,7 +156,7 @@ def load_tokenizer_from(name: str, **options: Any) -> Any:
             loader = PreTrainedTokenizerFast if _is_generic(folder) else AutoTokenizer
             return loader.from_pretrained(name, **options)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            why = _first_line(error)
+            why = first_line(error)
     # From a folder that has only config.json, transformers would make an empty tokenizer.
     raise RediError(
         f"{name}: no tokenizer could be loaded ({why}); "
@@ -196,16 +196,30 @@ def load_model_config(config: TrainConfig, *, for_weights: bool = False) -> Any:
             )
         except (OSError, ValueError) as error:
             raise RediError(
-                f"{config.model_name_or_path}: no model could be loaded ({_first_line(error)})"
+                f"{config.model_name_or_path}: no model could be loaded ({first_line(error)})"
             ) from None
     text_config = model_config.get_text_config(decoder=True)  # itself, but for composite ones
     if config.max_position_embeddings is not None:
         text_config.max_position_embeddings = config.max_position_embeddings
     if config.rope_theta is not None:
         _set_rope_theta(text_config, config.rope_theta)
-    for part in modelcheck.configs(model_config):
-        _switch_off_dropout(part)
     return model_config
+
+
+def _drop_nothing(model_config: Any) -> None:
+    """The paper disables dropout; exact resume needs it off too. In memory only: the export has
+    what the model came with."""
+    for field, value in list(vars(model_config).items()):
+        if is_dropout(field, value):
+            setattr(model_config, field, 0.0)
+        elif hasattr(value, "to_dict"):  # the config of a part, as `text_config`
+            _drop_nothing(value)
+
+
+def is_dropout(field: str, value: Any) -> bool:
+    """Whether a config's field is a probability of dropping something."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return "drop" in field and is_number and value != 0
 
 
 def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> PackedLM:
@@ -221,31 +235,17 @@ def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> Pa
     is_meta = str(device) == "meta"
     model_config = load_model_config(config, for_weights=not is_meta)
     selfcheck.refuse_untold(model_config, config)
-    common = {
-        "dtype": torch.float32,
-        "trust_remote_code": config.trust_remote_code,
-    }
+    as_it_came = copy.deepcopy(model_config)
+    _drop_nothing(model_config)
+    common = {"dtype": torch.float32, "trust_remote_code": config.trust_remote_code}
     if config.model_name_or_path is None or is_meta:
         torch.manual_seed(config.seed)
         with torch.device("meta" if is_meta else "cpu"):
             lm = AutoModelForCausalLM.from_config(model_config, **common)
-        lm.config.dtype = model_config.dtype  # what exports default to, not what training uses
     else:
-        stored_dtype = model_config.dtype
-        try:
-            with no_progress_bars():
-                lm = AutoModelForCausalLM.from_pretrained(
-                    config.model_name_or_path,
-                    config=model_config,
-                    revision=config.model_revision,
-                    use_safetensors=True,  # never unpickle a stranger's file
-                    **common,
-                )
-        except (OSError, ValueError) as error:
-            raise RediError(
-                f"{config.model_name_or_path}: no model could be loaded ({_first_line(error)})"
-            ) from None
-        lm.config.dtype = stored_dtype
+        name, revision = config.model_name_or_path, config.model_revision
+        lm = read_causal_lm(name, config=model_config, revision=revision, **common)
+    lm.config_as_it_came = as_it_came  # its dtype and dropout are exported, training's are not
     if config.model_check and not is_meta:
         model = selfcheck.compare_with_own(lm, PackedLM, torch.device(device))
     else:
@@ -253,14 +253,6 @@ def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> Pa
     blocks.prepare(lm, config, torch.device(device))
     model.autocast = bool(config.bf16) and torch.device(device).type == "cpu"
     return model.train()
-
-
-def _switch_off_dropout(model_config: Any) -> None:
-    """The paper disables dropout; and what draws nothing needs no seed to be resumed exactly."""
-    for field, value in vars(model_config).items():
-        names_it = any(word in field for word in ("dropout", "pdrop", "layerdrop"))
-        if names_it and isinstance(value, float) and value:
-            setattr(model_config, field, 0.0)
 
 
 def _set_rope_theta(model_config: Any, theta: float) -> None:
@@ -271,21 +263,3 @@ def _set_rope_theta(model_config: Any, theta: float) -> None:
         raise RediError("rope_theta: this model has several; edit its config.json instead")
     else:
         model_config.rope_theta = theta
-
-
-@contextlib.contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """transformers' bars for reading and writing shards would tear our own lines."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

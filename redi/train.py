@@ -25,7 +25,7 @@ from redi.data.prefetch import Prefetch, pin
 from redi.data.read import read_examples
 from redi.data.tokenize import ChatFormat, Dropped, Tokenized, Trace, tokenize_examples
 from redi.errors import Interrupted, RediError
-from redi.export import export, model_card, stored_dtype
+from redi.export import export, model_card, whole_weights
 from redi.faults import StopRequest, nonfinite_step
 from redi.files import claim
 from redi.guard import CollapseGuard
@@ -101,11 +101,7 @@ def _train(
     metrics = loop.run(state, listeners)
 
     result = TrainResult(output_dir, state.step, metrics, len(data.traces), len(data.dropped))
-    weights = distributed.full_tensors(
-        {name.removeprefix("lm."): tensor for name, tensor in model.named_parameters()},
-        dtype=stored_dtype(model.lm, config.dtype),
-        keep=ranks.is_main,
-    )
+    weights = whole_weights(model.lm, config, keep=ranks.is_main)
 
     def write() -> None:
         export(

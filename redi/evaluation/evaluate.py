@@ -140,21 +140,15 @@ def evaluate(
 def _load(name: str) -> tuple[Any, Any]:
     """The model, ready to generate, and its tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from redi.model import load_tokenizer_from, no_progress_bars
+    from redi.model import load_tokenizer_from
+    from redi.start import read_causal_lm
 
     gc.collect()  # a trained model may still be there, as in load_model
     tokenizer = load_tokenizer_from(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    try:
-        with no_progress_bars():
-            lm: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise RediError(
-            f"{name}: no model could be loaded ({str(error).splitlines()[0]})"
-        ) from None
+    lm = read_causal_lm(name, dtype=dtype)
     return lm.to(device).eval(), tokenizer
 
 
