@@ -126,6 +126,7 @@ class Reference:
         write_tokenizer(tokenizer)
         (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in _rows()))
         self.folder, self.lm, self.kind = folder, lm, kind_of(lm)
+        self.fresh()  # a family that transformers cannot read again, nobody can train
         self.steps = 1 if quick else 2
         self.config = self.recipe()
         self.data = load_data(self.config, load_tokenizer(self.config))

@@ -51,8 +51,8 @@ def varlen_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    ends_S: Tensor,
-    seqlens: tuple[int, ...],
+    ends_S: Tensor | None = None,
+    seqlens: tuple[int, ...] | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each trace of a pack; transformers' attention-function protocol.
@@ -63,6 +63,7 @@ def varlen_attention(
         ends_S: `Pack.cu_seqlens`, int32 [S + 1], on the device of q. Not by that name, which
             kernels of recurrent families read too: see `PackedLM`.
         seqlens: the traces' lengths on the host, so that nothing here waits for the device.
+            Without these two, which some families' blocks do not hand on, the row is one trace.
 
     Returns: [1, T, A, D] and None (no attention weights).
     """
@@ -75,6 +76,9 @@ def varlen_attention(
             " compute: this family cannot be trained here"
         )
     q_TAD, k_TKD, v_TKD = (z[0].transpose(0, 1) for z in (q_1ATD, k_1KTD, v_1KTD))
+    if seqlens is None or ends_S is None:  # redi/selfcheck.py finds that packs would mix
+        seqlens = (q_TAD.shape[0],)
+        ends_S = torch.tensor((0, *seqlens), dtype=torch.int32, device=q_TAD.device)
     longest = max(seqlens)
     flash = _flash_varlen() if q_TAD.is_cuda and _fits_flash(q_TAD, v_TKD) else None
     if flash is not None:

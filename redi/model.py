@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from redi_kernels import anatomy
 from redi_kernels.hf import logit_options
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from redi import attention, blocks, selfcheck
 from redi.config import TrainConfig
 from redi.data.pack import Pack
 from redi.errors import RediError
+from redi.meter import attention_width
 from redi.start import first_line, read_causal_lm
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -28,7 +30,7 @@ Head = Callable[[Tensor, Tensor, Pack, dict[str, Any]], Out]
 
 
 class PackedLM(nn.Module):
-    """Wraps an unmodified `*ForCausalLM` (any with `.model` and `.lm_head`).
+    """Wraps an unmodified `*ForCausalLM` (any with a base model and a linear head on it).
 
     The loss runs inside this forward, so that hooks which gather sharded parameters (FSDP) fire
     around it; tied embeddings, the head and the final norm belong to this outer module's shard
@@ -38,8 +40,10 @@ class PackedLM(nn.Module):
     def __init__(self, lm: Any, *, autocast: bool = False):
         """`autocast`: compute in bfloat16 on a CPU (on CUDA the sharding policy casts)."""
         super().__init__()
-        if not (hasattr(lm, "model") and hasattr(lm, "lm_head")):
-            raise RediError(f"{type(lm).__name__}: need a causal LM with .model and .lm_head")
+        try:
+            anatomy.body_of(lm), anatomy.blocks_of(lm), anatomy.output_layer(lm).weight  # noqa: B018
+        except (TypeError, AttributeError) as error:
+            raise RediError(f"{error}: this family cannot be trained here") from None
         attention.register()
         self.lm = lm
         self.lm.set_attn_implementation(attention.NAME)  # any other would mix the traces
@@ -51,7 +55,7 @@ class PackedLM(nn.Module):
         with torch.autocast(device_type, torch.bfloat16, enabled=self.autocast):
             x_TH = self.states(pack)
             options = {**self.logit_options(), "num_valid": pack.num_targets}
-            return head(x_TH, self.lm.lm_head.weight, pack, options)
+            return head(x_TH, self.head.weight, pack, options)
 
     def states(self, pack: Pack) -> Tensor:
         """The last hidden states [T, H]. Sharded ranks must hold equally many traces where they
@@ -76,7 +80,7 @@ class PackedLM(nn.Module):
             more["cu_seq_lens_q"] = more["cu_seq_lens_k"] = cu_seqlens
             more["max_length_q"] = more["max_length_k"] = max(seqlens)
             more["seq_idx"] = (positions_T == 0).cumsum(0, dtype=torch.int32)[None] - 1
-        return self.lm.model(
+        return anatomy.body_of(self.lm)(
             input_ids=ids_T[None],
             position_ids=positions_T[None],
             use_cache=False,  # a cache would let traces see each other
@@ -85,21 +89,25 @@ class PackedLM(nn.Module):
             **more,
         ).last_hidden_state[0]
 
+    @property
+    def head(self) -> nn.Linear:
+        """Looked up each time: sharding replaces modules."""
+        return anatomy.output_layer(self.lm)
+
     def pack_size(self, max_tokens: int) -> int:
         """What a packer may put together; 1: each trace (or pair) alone, as many on each rank."""
         return 1 if self.one_at_a_time else max_tokens
 
     def logit_options(self) -> dict[str, Any]:
         """How this family shapes its logits, in `redi_kernels`' words."""
-        return {"bias": self.lm.lm_head.bias, **logit_options(self.lm.config)}
+        return {"bias": self.head.bias, **logit_options(self.lm.config)}
 
     def cost_of_squares(self) -> float:
         """What a squared token costs beside a token: a trace of n tokens takes 2 P n FLOP in the
         weights and, causally, 2 L A D n^2 in attention (backward doubles both)."""
-        c = self.lm.config
-        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         num_parameters = sum(p.numel() for p in self.parameters())
-        return c.num_hidden_layers * c.num_attention_heads * head_dim / num_parameters
+        num_blocks = len(anatomy.blocks_of(self.lm))
+        return num_blocks * attention_width(self.lm.config) / num_parameters
 
 
 @torch.no_grad()

@@ -54,9 +54,11 @@ def compare_with_own(lm: Any, wrap: Callable[[Any], Any], device: torch.device) 
 
 
 def _compare(lm: Any, wrap: Callable[[Any], Any]) -> Any:
-    if not (hasattr(lm, "model") and hasattr(lm, "lm_head")):
-        return wrap(lm)  # which says so
-    ids_T, own_TH = modelcheck.check_head(lm, head_of(lm))
+    try:
+        head = head_of(lm)
+    except TypeError as error:  # not of one weight: patch says the same
+        raise RediError(f"{error}") from None
+    ids_T, own_TH = modelcheck.check_head(lm, head)
     model = wrap(lm)
     with modelcheck.undisturbed(model), torch.no_grad():
         model.eval()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from redi_kernels.anatomy import blocks_of
 
 from redi import checkpoint, distributed, selfcheck
 from redi.config import TrainConfig
@@ -81,7 +82,7 @@ def _train(
 
     model = load_model(config, device=ranks.device)
     _check_longest(config, model, [*data.traces, held_out])
-    distributed.shard(model, list(model.lm.model.layers), ranks, bf16=config.bf16 is not False)
+    distributed.shard(model, list(blocks_of(model.lm)), ranks, bf16=config.bf16 is not False)
     for line in selfcheck.before_training(model, config):
         if ranks.is_main:
             say(line)

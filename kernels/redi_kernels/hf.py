@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from redi_kernels import modelcheck
+from redi_kernels import anatomy, modelcheck
 from redi_kernels.losses import sft_loss
 
 
@@ -39,7 +39,7 @@ BALANCING = (
 def patch(model: Any, *, check: bool = True) -> Any:
     """Gives `model` the forward above, in place, and returns it. A peft model's base is patched.
 
-    Any model with `.model` and a plain linear `.lm_head` whose logits are that head's, times
+    Any causal LM with a base model and a plain linear head on it whose logits are that head's, times
     a scale, plus a bias, soft-capped as its config says. `check` compares loss and logits with the
     model's own and refuses a family that does something else, and finds out whether its traces
     leave each other alone in a pack; where they do not, `position_ids` that restart are refused
@@ -130,7 +130,7 @@ def _forward(
     _refuse_mixed(self, kwargs.get("position_ids"), kwargs.get("attention_mask"))
     # A cache is of no use in training, and with one, packed sequences see each other.
     kwargs["use_cache"] = bool(kwargs.get("use_cache"))
-    out = self.model(return_dict=True, **kwargs)
+    out = anatomy.body_of(self)(return_dict=True, **kwargs)
     x_BTH = out.last_hidden_state
     head = head_of(self)
     if loss_fn is not None:
@@ -156,14 +156,13 @@ def head_of(lm: Any) -> Callable[..., Any]:
 
 def _base(model: Any) -> Any:
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not (hasattr(lm, "model") and hasattr(lm, "lm_head")):
-        raise TypeError(f"{type(lm).__name__}: need a causal LM with .model and .lm_head")
+    anatomy.body_of(lm), anatomy.output_layer(lm)  # raise for what is no causal LM
     return lm
 
 
 def _weights(lm: Any) -> tuple[Tensor, Tensor | None]:
     """The head's weight and bias, looked up at each call: peft and FSDP replace modules."""
-    head = lm.lm_head
+    head = anatomy.output_layer(lm)
     if hasattr(head, "modules_to_save"):  # peft trains a copy of the whole head
         active = [] if head.disable_adapters else head.active_adapters
         head = head.modules_to_save[active[0]] if active else head.original_module
@@ -198,10 +197,12 @@ def _check(lm: Any) -> None:
             f"with labels ({type(error).__name__}: {error}); patch(model, check=False) does not ask"
         ) from error
 
+    body = anatomy.body_of(lm)
+
     def states(ids_T: Tensor, lengths: tuple[int, ...]) -> Tensor:
         position_ids_T = torch.cat([torch.arange(n, device=ids_T.device) for n in lengths])
         places = {"input_ids": ids_T[None], "position_ids": position_ids_T[None]}
-        return lm.model(**places, use_cache=False, return_dict=True).last_hidden_state[0]
+        return body(**places, use_cache=False, return_dict=True).last_hidden_state[0]
 
     try:
         draw = functools.partial(modelcheck.draw_ids, lm)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from redi_kernels import anatomy
 from redi_kernels.logprobs import token_logprobs
 from redi_kernels.losses import sft_loss
 
@@ -41,7 +42,7 @@ def check_head(lm: Any, head: Callable[..., Any]) -> tuple[Tensor, Tensor]:
     input of `lm_head`, where scales and soft caps show.
 
     Args:
-        lm: a model with `.model` and `.lm_head`, its weights whole and on one device.
+        lm: a causal LM with a base model and a head on it, its weights whole and on one device.
         head: head(redi_loss, x_TH, y_T, ...), with the weight and its options filled in.
 
     Returns: the ids [T] and the last hidden states [T, H] of the model's own forward.
@@ -53,7 +54,7 @@ def check_head(lm: Any, head: Callable[..., Any]) -> tuple[Tensor, Tensor]:
         ids_T = draw_ids(lm, LENGTH, seed=0)
         labels_T = ids_T.flip(0)
         own = lm(input_ids=ids_T[None], labels=labels_T[None], use_cache=False, return_dict=True)
-        x_TH = lm.model(input_ids=ids_T[None], use_cache=False, return_dict=True)
+        x_TH = anatomy.body_of(lm)(input_ids=ids_T[None], use_cache=False, return_dict=True)
         x_TH = x_TH.last_hidden_state[0]
         if own.loss is None or own.logits.shape[:2] != (1, LENGTH) or len(x_TH) != LENGTH:
             raise Mismatch(f"{name} has no loss of its own on token ids with labels")
@@ -69,7 +70,7 @@ def check_head(lm: Any, head: Callable[..., Any]) -> tuple[Tensor, Tensor]:
             )
         _compare_logits(name, head, x_TH, own.logits[0])
         scale = 2.0 ** round(torch.tensor(LARGE / max(largest, 1e-3)).log2().item())
-        with _scaled_input(lm.lm_head, scale) as calls:
+        with _scaled_input(anatomy.output_layer(lm), scale) as calls:
             logits_TV = lm(input_ids=ids_T[None], use_cache=False, return_dict=True).logits[0]
         if calls:  # else its weight is used some other way, and the logits were as before
             _compare_logits(name, head, x_TH * scale, logits_TV)
@@ -207,14 +208,15 @@ def draw_ids(lm: Any, number: int, seed: int) -> Tensor:
         for name, value in vars(config).items()
         if name.endswith(("token_id", "token_index")) and isinstance(value, int)
     }
-    V = lm.lm_head.weight.shape[0]
+    weight = anatomy.output_layer(lm).weight
+    V = weight.shape[0]
     embedding = lm.get_input_embeddings()
     V = min(V, getattr(embedding, "num_embeddings", V))
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(V, generator=generator)
     ids = [i for i in order[: number + len(special)].tolist() if i not in special] or [0]
     ids = (ids * (number // len(ids) + 1))[:number]
-    return torch.tensor(ids, device=lm.lm_head.weight.device)
+    return torch.tensor(ids, device=weight.device)
 
 
 def configs(config: Any) -> Iterator[Any]:
