@@ -69,7 +69,7 @@ def _check(family: str, folder: Path, quick: bool) -> dict[str, Any]:
             if packed == "right":
                 within, reference = row["packed_why"], wide
             row["packed"], row["packed_why"] = packed, why or row["packed_why"]
-    row["within"] = within
+    row["within"], row["alone"] = within, reference.alone
     row["patch"], row["patch_why"] = _tried(lambda: _patch(reference))
     for mode in MODES[1:] if row["packed"] == "right" and not quick else ():
         row[mode], row[f"{mode}_why"] = _tried(lambda mode=mode: _mode(reference, mode))
@@ -131,6 +131,7 @@ class Reference:
         self.config = self.recipe()
         self.data = load_data(self.config, load_tokenizer(self.config))
         self.start = {k: v.clone() for k, v in lm.state_dict().items()}
+        self.alone = False
         self.losses: list[float] = []
         self.norms: list[float] = []
         self._learn()
@@ -222,6 +223,7 @@ def _train(reference: Reference) -> None:
     for step, (loss, norm) in enumerate(zip(reference.losses, reference.norms, strict=True)):
         _same(f"loss of step {step + 1}", rows[step]["loss"], loss, LOSS * max(1, abs(loss)))
         _same(f"gradient norm of step {step + 1}", rows[step]["grad_norm"], norm, UPDATE * norm)
+    reference.alone = "packs" in rows[0]  # one trace a pack, said so in the log
     exported = reference.fresh(out).eval()
     ours, own = exported.state_dict(), reference.lm.state_dict()
     if set(ours) != set(own):

@@ -101,7 +101,10 @@ INDEXER = {  # without defaults
 OVERRIDES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": PER_LAYER_BASES},  # no default
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
-    "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
+    "dory": {  # counts attention and MLP apart, in pairs
+        "layer_types": ["sliding_attention", "mlp"] * 2 + ["full_attention", "mlp"] * 2,
+        "num_hidden_layers": 8, "n_input_layers": 2, "n_recurrent_layers": 4, "n_output_layers": 2,
+    },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
     "falcon_h1": {"mamba_d_ssm": 64},  # heads x their size
     "mamba2": {"num_heads": 8},
