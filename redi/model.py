@@ -48,7 +48,8 @@ class PackedLM(nn.Module):
         self.lm = lm
         self.lm.set_attn_implementation(attention.NAME)  # any other would mix the traces
         self.autocast = autocast
-        self.one_at_a_time = False  # as `selfcheck.check_packs` finds: its traces mix in a pack
+        # As redi/selfcheck.py finds: why traces must not share a forward. None: they may.
+        self.why_alone: str | None = None
 
     def forward(self, pack: Pack, head: Head[Out]) -> Out:
         device_type = pack.input_ids_T.device.type
@@ -60,7 +61,7 @@ class PackedLM(nn.Module):
     def states(self, pack: Pack) -> Tensor:
         """The last hidden states [T, H]. Sharded ranks must hold equally many traces where they
         run one at a time: see `pack_size`."""
-        if not self.one_at_a_time or len(pack.seqlens) == 1:
+        if self.why_alone is None or len(pack.seqlens) == 1:
             return self._states(
                 pack.input_ids_T, pack.position_ids_T, pack.cu_seqlens, pack.seqlens
             )
@@ -96,7 +97,7 @@ class PackedLM(nn.Module):
 
     def pack_size(self, max_tokens: int) -> int:
         """What a packer may put together; 1: each trace (or pair) alone, as many on each rank."""
-        return 1 if self.one_at_a_time else max_tokens
+        return max_tokens if self.why_alone is None else 1
 
     def logit_options(self) -> dict[str, Any]:
         """How this family shapes its logits, in `redi_kernels`' words."""
@@ -227,7 +228,7 @@ def _drop_nothing(model_config: Any) -> None:
 def is_dropout(field: str, value: Any) -> bool:
     """Whether a config's field is a probability of dropping something."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return "drop" in field and is_number and value != 0
+    return isinstance(field, str) and "drop" in field and is_number and value != 0
 
 
 def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> PackedLM:
@@ -242,7 +243,8 @@ def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> Pa
     gc.collect()  # an earlier stage's model, which cycles of references keep, may be gigabytes
     is_meta = str(device) == "meta"
     model_config = load_model_config(config, for_weights=not is_meta)
-    selfcheck.refuse_untold(model_config, config)
+    selfcheck.refuse_balancing(model_config)
+    selfcheck.refuse_untold(model_config, config.max_length)
     as_it_came = copy.deepcopy(model_config)
     _drop_nothing(model_config)
     common = {"dtype": torch.float32, "trust_remote_code": config.trust_remote_code}

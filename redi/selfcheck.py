@@ -9,6 +9,7 @@
 `redi_kernels.modelcheck`, which `redi_kernels.hf.patch` asks too.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,40 +18,41 @@ from redi_kernels import modelcheck
 from redi_kernels.hf import head_of
 from torch import Tensor
 
-from redi.config import TrainConfig
 from redi.data.pack import Pack
 from redi.distributed import reshard
 from redi.errors import RediError
 
-HOW_TO_GO_ON = "model_check: false trains it all the same, unchecked"
+OR_ELSE = "model_check: false trains it all the same, unchecked"
 
 
-def compare_with_own(lm: Any, wrap: Callable[[Any], Any], device: torch.device) -> Any:
+def compare_with_own(
+    lm: Any, wrap: Callable[[Any], Any], device: torch.device, *, or_else: str = OR_ELSE
+) -> Any:
     """wrap(lm), the model that trains, shown to compute what `lm`'s own forward does.
 
-    On the CPU in float32, before anything is sharded or cast: the comparison is sharp there.
-    (On `device`, for its time, where a family has kernels for that only.)
-    Raises RediError with the difference.
+    Where the weights are: for training on the CPU in float32, before anything is sharded or cast,
+    since the comparison is sharp there (and on `device`, for its time, where a family has kernels
+    for that only). Raises RediError with the difference, and with what to do `or_else`.
     """
     try:
         return _compare(lm, wrap)
     except RediError:
         raise
     except modelcheck.Mismatch as error:
-        raise RediError(f"{error}. {HOW_TO_GO_ON}") from None
+        raise RediError(f"{error}. {or_else}") from None
     except Exception as error:
         problem = f"{type(error).__name__}: {_first_line(error)}"
-        if device.type == "cpu":
+        if device == lm.device:
             raise RediError(
                 f"{type(lm).__name__}: could not be compared with its own forward on token ids "
-                f"({problem}). {HOW_TO_GO_ON}"
+                f"({problem}). {or_else}"
             ) from error
     try:
         model = _compare(lm.to(device), wrap)
         lm.to("cpu")
         return model
     except Exception as error:
-        raise RediError(f"{type(lm).__name__}: {error} (and {problem}). {HOW_TO_GO_ON}") from error
+        raise RediError(f"{type(lm).__name__}: {error} (and {problem}). {or_else}") from error
 
 
 def _compare(lm: Any, wrap: Callable[[Any], Any]) -> Any:
@@ -66,86 +68,99 @@ def _compare(lm: Any, wrap: Callable[[Any], Any]) -> Any:
     difference, limit = modelcheck.relative_difference(x_TH, own_TH)
     if not difference <= limit:
         raise modelcheck.Mismatch(
-            f"{type(lm).__name__}: hidden states differ by {difference:.2g} of their size from those"
-            f" of its own forward ({limit:.1g} could be rounding): its attention or its positions "
+            f"{type(lm).__name__}: hidden states differ by {difference:.2g} of their size from "
+            f"its own forward's ({limit:.1g} could be rounding): its attention or its positions "
             "are not the causal ones that redi computes"
         )
+    # In float32 the smallest leak shows. What does not run here is asked again where it trains.
+    with contextlib.suppress(Exception):
+        _ask_packs(model, model.states, modelcheck.SHORT_PACK)
     return model
 
 
-def before_training(model: Any, config: TrainConfig) -> list[str]:
-    """Asks what only the sharded model, on its device, can tell; returns what the user should know.
-    A collective."""
-    why = counts_over_packs(model.lm.config, config.max_tokens_per_batch)
-    model.one_at_a_time = why is not None
-    if why is None and config.model_check:
-        why = check_packs(model)
-    return [line for line in (router_note(model.lm), why) if line is not None]
+def keep_apart(model: Any, max_tokens: int, *, check: bool = True) -> str | None:
+    """Has `model` run one trace at a time where packs of `max_tokens` would be wrong; returns why,
+    or None. A collective, which asks what only the sharded model on its device can tell."""
+    if model.why_alone is None:
+        model.why_alone = counts_over_packs(model.lm.config, max_tokens)
+    if model.why_alone is None and check:
+        check_packs(model)
+    return model.why_alone
 
 
 def check_packs(model: Any) -> str | None:
-    """Sets `model.one_at_a_time` where the traces of a pack do not leave each other alone; returns
-    why, or None. A collective, of the same outcome on every rank.
+    """Sets `model.why_alone` where the traces of a pack do not leave each other alone, with the
+    device, the dtype and the kernels that train; returns it. A collective, of the same outcome on
+    every rank.
 
     Raises RediError when not even single traces run.
     """
-    lm = model.lm
-
-    def states(ids_T: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        # through the model's own call, where sharded weights are gathered
-        return model(pack_of(ids_T, lengths), lambda x_TH, *_: x_TH)
-
-    def draw(number: int, seed: int) -> Tensor:
-        return modelcheck.draw_ids(lm, number, seed).to(next(model.parameters()).device)
-
-    dtype = torch.bfloat16 if model.autocast else None
+    # through the model's own call, where sharded weights are gathered
+    states = lambda pack: model(pack, lambda x_TH, *_: x_TH)
+    model_type = model.lm.config.model_type
     try:
-        difference, limit = modelcheck.mixing(states, model, draw, dtype=dtype)
-        if difference <= limit:
-            return None
-        why = (
-            f"hidden states differ by {difference:.2g} of their size, {limit:.1g} could be rounding"
-        )
+        _ask_packs(model, states, modelcheck.PACK)
     except RediError:
         raise
     except Exception as error:  # transformers' own refusal, or a kernel that is not there
-        why = _first_line(error)
+        model.why_alone = _alone(model_type, _first_line(error))
+        reshard(model)
+        ids_T = modelcheck.draw_ids(model.lm, 9, 0).to(next(model.parameters()).device)
+        try:
+            with modelcheck.undisturbed(model), torch.no_grad():
+                states(pack_of(ids_T, (9,)))
+        except Exception as again:
+            raise RediError(f"{model_type}: {_first_line(again)}") from error
     finally:
         reshard(model)
-    model.one_at_a_time = True
-    try:
-        with modelcheck.undisturbed(model), torch.no_grad():
-            finite = states(draw(9, 0), (9,)).isfinite().all()
-    except Exception as error:
-        raise RediError(f"{lm.config.model_type}: {why}; {_first_line(error)}") from error
-    finally:
-        reshard(model)
-    if not finite:
-        raise RediError(f"{lm.config.model_type}: its hidden states are not finite")
+    return model.why_alone
+
+
+def _ask_packs(model: Any, states: Callable[[Pack], Tensor], lengths: tuple[int, int, int]) -> None:
+    """Sets `model.why_alone` by the numbers of `modelcheck.mixing`."""
+    device = next(model.parameters()).device
+    difference, limit = modelcheck.mixing(
+        lambda ids_T, lengths: states(pack_of(ids_T, lengths)),
+        model,
+        lambda number, seed: modelcheck.draw_ids(model.lm, number, seed).to(device),
+        lengths=lengths,
+        dtype=torch.bfloat16 if model.autocast else None,
+    )
+    if not difference <= limit:
+        what = f"hidden states differ by {difference:.2g} of their size, {limit:.1g} is rounding"
+        model.why_alone = _alone(model.lm.config.model_type, what)
+
+
+def _alone(model_type: str, why: str) -> str:
     return (
-        f"{lm.config.model_type}: in one pack its traces would change each other ({why}); so each "
-        "runs by itself, which is right and slower"
+        f"{model_type}: in one pack its traces would change each other ({why}); so each runs by "
+        "itself, which is right and slower"
     )
 
 
-def refuse_untold(model_config: Any, config: TrainConfig) -> None:
-    """Raises RediError for what a config tells and a check of short traces cannot see.
-
-    In chunks: only a mask knows where they end. An indexer's choice of keys: with fewer keys than
-    it chooses, it chooses all. longrope, dynamic: the longest trace of a pack decides.
-    """
+def refuse_balancing(model_config: Any) -> None:
+    """Raises RediError where a mixture of experts adds its routers' loss to its own."""
     if modelcheck.wants_balancing_loss(model_config):
         raise RediError(
             f"{model_config.model_type}: output_router_logits is on, and so its routers' balancing "
             "loss, which redi does not add; set it to false in the model's config.json"
         )
+
+
+def refuse_untold(model_config: Any, max_length: int) -> None:
+    """Raises RediError for what a config tells and a check of short traces cannot see, where one
+    may have `max_length` tokens.
+
+    In chunks: only a mask knows where they end. An indexer's choice of keys: with fewer keys than
+    it chooses, it chooses all. longrope, dynamic: the longest trace of a pack decides.
+    """
     for c in text_configs(model_config):
         for name, what in (
             ("attention_chunk_size", "attends in chunks of {} tokens"),
             ("index_topk", "attends to the {} keys that an indexer chooses"),
         ):
             limit = getattr(c, name, None)
-            if limit and config.max_length > limit:
+            if limit and max_length > limit:
                 raise RediError(
                     f"{c.model_type}: {what.format(limit)}, which redi does not compute; set "
                     f"max_length to {limit} at most"
@@ -154,8 +169,8 @@ def refuse_untold(model_config: Any, config: TrainConfig) -> None:
             scaling = rope.get("rope_type")
             names = ("original_max_position_embeddings", "max_position_embeddings")
             known = (rope.get(names[0]), *(getattr(c, name, None) for name in names))
-            original = next(filter(None, known), config.max_length)
-            if scaling in ("longrope", "dynamic") and config.max_length > original:
+            original = next(filter(None, known), max_length)
+            if scaling in ("longrope", "dynamic") and max_length > original:
                 raise RediError(
                     f"{c.model_type}: beyond {original} tokens its {scaling} positions change "
                     f"with the longest trace of a pack; set max_length to {original} at most"
@@ -196,8 +211,8 @@ def router_note(lm: Any) -> str | None:
     if not any(name.split(".")[-1] == "experts" for name, _ in lm.named_modules()):
         return None
     return (
-        f"{lm.config.model_type}: a mixture of experts, trained without its routers' balancing loss "
-        "(output_router_logits is off, as transformers has it)"
+        f"{lm.config.model_type}: a mixture of experts, trained without its routers' balancing "
+        "loss (output_router_logits is off, as transformers has it)"
     )
 
 

@@ -83,7 +83,8 @@ def _train(
     model = load_model(config, device=ranks.device)
     _check_longest(config, model, [*data.traces, held_out])
     distributed.shard(model, list(blocks_of(model.lm)), ranks, bf16=config.bf16 is not False)
-    for line in selfcheck.before_training(model, config):
+    apart = selfcheck.keep_apart(model, config.max_tokens_per_batch, check=config.model_check)
+    for line in filter(None, (selfcheck.router_note(model.lm), apart)):
         if ranks.is_main:
             say(line)
     if config.objective == "dpo":
@@ -293,7 +294,7 @@ class Loop:
         }
         if (state.step - 1) % PROBE_STEPS == 0:
             row |= self.entropy(work.traces)
-        if self.model.one_at_a_time:  # or it would be as many as fit
+        if self.model.why_alone is not None:  # else as many as fit
             row["packs"] = len(work.packs)
         if state.skipped:
             row["skipped_steps"] = len(state.skipped)
@@ -306,7 +307,7 @@ class Loop:
         key = f"{self.config.seed} {step} {self.ranks.rank}".encode()
         device = self.ranks.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7]))
+            torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7], "big"))
             yield
 
     def prepare(self, step: int) -> StepWork:

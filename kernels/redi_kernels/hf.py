@@ -29,7 +29,6 @@ from torch.distributed.fsdp import FSDPModule
 from redi_kernels import anatomy, modelcheck
 from redi_kernels.losses import sft_loss
 
-
 BALANCING = (
     "output_router_logits: the experts' balancing loss is not part of the patched forward; "
     "set it to False (in the text config too), or unpatch(model)"
@@ -97,8 +96,9 @@ def unpatch(model: Any) -> Any:
 def logit_options(config: Any) -> dict[str, Any]:
     """How a family shapes its logits, as `softcap` and `logit_scale` of this package's functions.
 
-    Known: `final_logit_softcapping` (Gemma; `logits_soft_cap` in RecurrentGemma), `logit_scale` (Cohere), `lm_head_multiplier` (Falcon
-    H1), `logits_scaling` (Granite divides by it, HyperCLOVA X multiplies).
+    Known: `final_logit_softcapping` (Gemma; `logits_soft_cap` in RecurrentGemma), `logit_scale`
+    (Cohere), `lm_head_multiplier` (Falcon H1), `logits_scaling` (Granite divides by it, HyperCLOVA
+    X multiplies). What a config calls otherwise, `modelcheck.check_head` finds.
     """
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
@@ -220,6 +220,7 @@ def _check(lm: Any) -> None:
 def _refuse_mixed(lm: Any, position_ids: Tensor | None, attention_mask: Any) -> None:
     """Where packs are known to mix traces only, as looking at the positions waits for a GPU."""
     why = getattr(lm, "_mixes_packs", None)
-    if why is not None and position_ids is not None and attention_mask is None:
-        if bool((position_ids[..., 1:] < position_ids[..., :-1]).any()):
-            raise ValueError(why)
+    if why is None or position_ids is None or attention_mask is not None:
+        return
+    if bool((position_ids[..., 1:] < position_ids[..., :-1]).any()):
+        raise ValueError(why)

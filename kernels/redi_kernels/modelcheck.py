@@ -28,6 +28,7 @@ LARGE = 100.0
 # Traces of a pack: longer than a convolution's kernel, no multiple of a scan's chunk (64) where one
 # begins, and a chunk's end inside the last.
 PACK = (40, 21, 36)
+SHORT_PACK = (9, 6, 9)
 EARLY = 4  # tokens of a trace that a state left over by the trace before reaches first
 
 
@@ -133,6 +134,7 @@ def mixing(
     module: nn.Module,
     draw: Callable[[int, int], Tensor],
     *,
+    lengths: tuple[int, int, int] = PACK,
     dtype: torch.dtype | None = None,
 ) -> tuple[float, float]:
     """How far the traces of a pack change each other's last hidden states, and how far they may.
@@ -151,18 +153,19 @@ def mixing(
     Args:
         states: (ids_T, lengths of the traces) -> x_TH.
         draw: (number, seed) -> ids_T on the device.
+        lengths: of the three traces, of more than `EARLY` tokens each.
         dtype: of the arithmetic, where it is not that of the states (autocast).
 
     Returns: (difference, limit) relative to a state's norm; the difference is not finite where the
     states are not.
     """
-    A, B, C = (draw(n, seed) for seed, n in enumerate(PACK))
-    other_B = draw(len(B), len(PACK))
+    A, B, C = (draw(n, seed) for seed, n in enumerate(lengths))
+    other_B = draw(len(B), len(lengths))
 
     def run(*traces: Tensor) -> list[Tensor]:
-        lengths = tuple(map(len, traces))
+        sizes = tuple(map(len, traces))
         torch.manual_seed(0)  # what a family draws, it draws alike
-        return list(states(torch.cat(traces), lengths).clone().split(lengths))
+        return list(states(torch.cat(traces), sizes).clone().split(sizes))
 
     with undisturbed(module), torch.no_grad():
         base, swapped = run(A, B, C), run(A, other_B, C)
