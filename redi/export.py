@@ -17,7 +17,7 @@ from torch import Tensor
 
 from redi.config import TrainConfig
 from redi.distributed import full_tensors
-from redi.files import publish
+from redi.files import publish, usual_mode
 from redi.model import is_dropout
 from redi.older_readers import tell_rope, tell_tokenizer, write_json
 from redi.start import INDEX, local_folder, quietly, stored_dtypes, weight_files
@@ -85,10 +85,8 @@ def export(
         tell_tokenizer(aside, tokenizer_source, tokenizer)
         _copy_companions(aside, source, tokenizer_source)
         (aside / "README.md").write_text(card)
-        mode = (aside / "README.md").stat().st_mode  # safetensors' files would be the owner's alone
-        for file in aside.rglob("*"):
-            if file.is_file():
-                file.chmod(mode)
+        for file in weight_files(aside):
+            usual_mode(file)
         names = sorted((f.name for f in aside.iterdir()), key=lambda name: name == "config.json")
         publish(aside, {name: output_dir / name for name in names})
     except SafetensorError as error:  # what a full disk is to safetensors

@@ -23,7 +23,7 @@ from redi.config import TrainConfig
 from redi.data.pack import Pack, pack_step
 from redi.data.tokenize import Trace
 from redi.errors import RediError
-from redi.files import digest_file, publish
+from redi.files import digest_file, publish, usual_mode
 from redi.identity import hash_tokens
 from redi.model import PackedLM, sequence_logps
 from redi.monitor import ticker
@@ -123,6 +123,7 @@ def _write(file: Path, fingerprint: str, logps: Tensor) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({"logps": logps.cpu()}, aside, {"fingerprint": fingerprint})
+        usual_mode(aside)
         publish(aside.parent, {aside.name: file})
     except (OSError, SafetensorError) as error:
         aside.unlink(missing_ok=True)
