@@ -239,8 +239,9 @@ def _train(reference: Reference) -> None:
 
 def _mode(reference: Reference, mode: str) -> None:
     """The first step's gradient under a checkpointing mode."""
-    config = reference.recipe(gradient_checkpointing=mode, max_steps=1)
+    config = reference.recipe(gradient_checkpointing=mode, max_steps=1, model_check=False)
     model = load_model(config)
+    model.why_alone = "as it trained without" if reference.alone else None
     loop = Loop(config, model, reference.data, {}, ALONE)
     try:
         means = loop.learn(loop.prepare(0))
