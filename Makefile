@@ -17,7 +17,8 @@ VENV := .venv
 BIN  := $(VENV)/bin
 PIP   = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow test-oldest lint bench bench-trainer aot aot-3.6 count memory gpu-check chaos clean
+.PHONY: demo test test-slow test-oldest lint bench bench-trainer aot aot-3.6 count memory gpu-check \
+        chaos families families-quick clean
 
 demo: $(VENV)/.demo  # one thread: the model is so small that a second one is mostly waited for
 	OMP_NUM_THREADS=1 $(BIN)/redi run recipes/demo.yaml
@@ -71,6 +72,13 @@ gpu-check: $(VENV)/.dev
 
 chaos: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python bench/chaos.py
+
+# A tiny model of every causal-LM family of transformers: trained right, refused, or not buildable.
+families: $(VENV)/.dev
+	$(BIN)/python bench/families.py --write docs/models.md
+
+families-quick: $(VENV)/.dev
+	$(BIN)/python bench/families.py --quick
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -22,8 +22,10 @@ NAME = "redi_varlen"
 # Softcapped or windowed traces are attended to in blocks of this many queries: a block's scores
 # (block x keys) bound the memory, as the backward computes them again, and a window the keys.
 QUERY_BLOCK = 512
-# What some families give their attention besides q, k and v, and nothing here computes.
-FOREIGN = ("s_aux", "sinks", "indices", "block_indices", "position_bias")
+# What some families give their attention besides q, k and v, nothing here computes, and short
+# traces do not show: which keys are seen, where there are more than so many. (What they do show,
+# as attention sinks, redi/selfcheck.py finds by the numbers.)
+FOREIGN = ("indices", "block_indices")
 FLASH_HEAD = 256  # the widest head that FlashAttention takes
 SHORT = 64  # tokens; up to here a call of SDPA costs more than the padding that saves it
 
@@ -49,22 +51,24 @@ def varlen_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    cu_seqlens: Tensor,
-    seqlens: tuple[int, ...],
+    ends_S: Tensor | None = None,
+    seqlens: tuple[int, ...] | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each trace of a pack; transformers' attention-function protocol.
 
     Args:
         q_1ATD, k_1KTD, v_1KTD: one packed row; A query heads, K key/value heads (A % K == 0).
-        sliding_window: a token sees itself and the `sliding_window - 1` before it. cu_seqlens:
-        int32 [S + 1], on the device of q. seqlens: the same lengths on the host, so that
-            nothing here waits for the device.
+        sliding_window: a token sees itself and the `sliding_window - 1` before it.
+        ends_S: `Pack.cu_seqlens`, int32 [S + 1], on the device of q. Not by that name, which
+            kernels of recurrent families read too: see `PackedLM`.
+        seqlens: the traces' lengths on the host, so that nothing here waits for the device.
+            Without these two, which some families' blocks do not hand on, the row is one trace.
 
     Returns: [1, T, A, D] and None (no attention weights).
     """
     if attention_mask is not None:
-        raise ValueError("redi_varlen takes no attention mask: boundaries come from cu_seqlens")
+        raise ValueError("redi_varlen takes no attention mask: boundaries come from ends_S")
     foreign = [name for name in FOREIGN if more.get(name) is not None]
     if foreign:
         raise RediError(
@@ -72,11 +76,14 @@ def varlen_attention(
             " compute: this family cannot be trained here"
         )
     q_TAD, k_TKD, v_TKD = (z[0].transpose(0, 1) for z in (q_1ATD, k_1KTD, v_1KTD))
+    if seqlens is None or ends_S is None:  # redi/selfcheck.py finds that packs would mix
+        seqlens = (q_TAD.shape[0],)
+        ends_S = torch.tensor((0, *seqlens), dtype=torch.int32, device=q_TAD.device)
     longest = max(seqlens)
     flash = _flash_varlen() if q_TAD.is_cuda and _fits_flash(q_TAD, v_TKD) else None
     if flash is not None:
         out_TAD = flash(
-            q_TAD, k_TKD, v_TKD, cu_seqlens, cu_seqlens, longest, longest,
+            q_TAD, k_TKD, v_TKD, ends_S, ends_S, longest, longest,
             softmax_scale=scaling, causal=True, softcap=softcap or 0.0,
             window_size=(sliding_window - 1, 0) if sliding_window else (-1, -1),
         )  # fmt: skip

@@ -8,6 +8,7 @@ import importlib.util
 from typing import Any
 
 import torch
+from redi_kernels.anatomy import blocks_of
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -65,7 +66,7 @@ def checkpoint_activations(lm: Any, how: str, kept_blocks: int) -> None:
     else:
         lm.gradient_checkpointing_enable(options)
     if how == "selective":
-        layers = lm.model.layers
+        layers = blocks_of(lm)
         for layer in layers[max(len(layers) - kept_blocks, 0) :]:
             layer.gradient_checkpointing = False
     for module in lm.modules() if how == "offload" else ():
@@ -104,7 +105,7 @@ def compile_blocks(lm: Any) -> None:
     """torch.compile for what stands around attention in each block: norms and MLP, once for all
     blocks and any number of tokens. Attention stays out, since the boundaries of the traces are
     Python numbers: it would be compiled again for each pack."""
-    for block in lm.model.layers:
+    for block in blocks_of(lm):
         for name, module in block.named_children():
-            if "attn" not in name:
+            if "attn" not in name and "attention" not in name:
                 module.compile(dynamic=True)

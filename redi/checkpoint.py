@@ -2,7 +2,7 @@
 
     output_dir/latest                       names the checkpoint to continue from
     output_dir/checkpoint-200/
-        model-00001-of-00002.safetensors      float32 master weights, one file a rank
+        model-00001-of-00002.safetensors      float32 master weights and buffers, one file a rank
         optimizer-00001-of-00002.safetensors  AdamW moments as "{parameter}/exp_avg"
         trainer_state.json                    step, what the run trains on, optimizer steps
         COMPLETE.json                         every file's size and sha256; written last
@@ -21,6 +21,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from redi.distributed import Ranks, local_part
 from redi.errors import RediError
-from redi.files import digest_file, fsync, write_text
+from redi.files import digest_file, fsync, usual_mode, write_text
 
 MARKER = "COMPLETE.json"
 STATE = "trainer_state.json"
@@ -56,8 +57,10 @@ def save(
     """
     final = output_dir / f"checkpoint-{state['step']}"
     aside = output_dir / f"{final.name}{ASIDE}"
-    weights = dict(model.named_parameters())
-    moments, steps = _optimizer_tensors(weights, optimizer)
+    parameters = dict(model.named_parameters())
+    # Each rank has all of a buffer: one of them writes it.
+    weights = parameters | _buffers(model) if ranks.is_main else parameters
+    moments, steps = _optimizer_tensors(parameters, optimizer)
 
     def begin() -> None:
         for left in output_dir.glob(f"checkpoint-*{ASIDE}"):  # by a kill
@@ -165,7 +168,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> No
     when they are another model's, or no safetensors."""
     parameters = dict(model.named_parameters())
     steps = read_state(folder)["optimizer_steps"]
-    _read(folder, "model", parameters)
+    _read(folder, "model", parameters, _buffers(model))
     for name, parameter in parameters.items():
         if name in steps:
             optimizer.state[parameter] = {
@@ -187,13 +190,19 @@ def _write(file: Path, named: Mapping[str, Tensor]) -> dict[str, Any]:
         save_file(parts, file, {"format": "pt", OFFSETS: json.dumps(starts)})
     except SafetensorError as error:
         raise OSError(str(error)) from error
+    usual_mode(file)
     fsync(file)
     return _record(file)
 
 
 @torch.no_grad()
-def _read(folder: Path, kind: str, named: Mapping[str, Tensor]) -> None:
-    """Fills this rank's parts from whichever files hold them."""
+def _read(
+    folder: Path,
+    kind: str,
+    named: Mapping[str, Tensor],
+    optional: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
+    """Fills this rank's parts from whichever files hold them; what is `optional` may be in none."""
     pieces: dict[str, list[Piece]] = defaultdict(list)
     with contextlib.ExitStack() as stack:
         for file in sorted(folder.glob(f"{kind}-*-of-*.safetensors")):
@@ -205,6 +214,7 @@ def _read(folder: Path, kind: str, named: Mapping[str, Tensor]) -> None:
                     pieces[name].append((starts[name][START], piece.get_shape(), piece))
             except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
                 raise RediError(f"{file}: not a checkpoint file of redi ({error})") from None
+        named = {**named, **{name: t for name, t in optional.items() if name in pieces}}
         if set(pieces) != set(named):
             odd = min(set(pieces) ^ set(named))
             raise RediError(f"{folder}: is of another model (see {odd})")
@@ -229,6 +239,13 @@ def _fill(tensor: Tensor, pieces: list[Piece]) -> bool:
             part[tuple(here)] = data[tuple(there)].to(part.device)
             filled += part[tuple(here)].numel()
     return filled == part.numel()
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Those that are part of the model (a router's bias). Checkpoints of an older redi lack them;
+    there they stay what the start had."""
+    saved = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 def _optimizer_tensors(parameters: dict, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:

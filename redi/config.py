@@ -239,6 +239,11 @@ class TrainConfig(Strict):
         description="compute in bfloat16 over float32 master weights; default: on CUDA, not on CPU",
     )
     trust_remote_code: bool = False
+    model_check: bool = Field(
+        True,
+        description="compare the model with its own forward when it is loaded, and its traces in a "
+        "pack with each other; what differs is refused",
+    )
     gradient_checkpointing: Literal["none", "selective", "full", "offload"] = Field(
         "none",
         description="full (or true): keep each block's input only and compute the block again; "

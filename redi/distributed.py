@@ -119,8 +119,9 @@ def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, *, bf16: bool
 def reshard(model: nn.Module) -> None:
     """After a forward without backward: the outermost group would stay gathered, hide its shards'
     gradients from clipping, and miss the optimizer's step."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    for module in model.modules():  # all of them: a forward that failed left the inner ones too
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, list[int]]:
@@ -135,16 +136,20 @@ def local_part(tensor: Tensor) -> tuple[Tensor, list[int]]:
 def full_tensors(
     named: Mapping[str, Tensor], *, dtype: torch.dtype | None = None, keep: bool = True
 ) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, as `dtype`, for ranks that `keep` them; the others get an empty
-    dictionary and hold one whole tensor at a time.
+    """Whole tensors on the CPU, those of floating numbers as `dtype`, for ranks that `keep` them;
+    the others get an empty dictionary and hold one whole tensor at a time. A tensor under several
+    names (a tied one) is gathered once and stays one.
 
     A collective: all ranks call it in the same order.
     """
-    gathered = {}
+    gathered: dict[str, Tensor] = {}
+    first_name: dict[int, str] = {}  # by the tensor's id
     for name, tensor in named.items():
-        value = whole(tensor)
+        known = first_name.setdefault(id(tensor), name)
+        value = whole(tensor).detach() if known == name else None
         if keep:
-            gathered[name] = value.detach().to("cpu", dtype)
+            wanted = dtype if tensor.is_floating_point() else None
+            gathered[name] = gathered[known] if value is None else value.to("cpu", wanted)
     return gathered
 
 

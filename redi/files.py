@@ -70,6 +70,15 @@ def digest_file(file: Path) -> str:
     return digest.hexdigest()
 
 
+def usual_mode(file: Path) -> None:
+    """safetensors writes files that only their owner may read; this makes one as readable as any
+    other that this process writes. (The umask itself cannot be asked for without changing it.)"""
+    other = file.with_name(f"{file.name}.mode")
+    other.touch()
+    file.chmod(other.stat().st_mode)
+    other.unlink()
+
+
 def fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

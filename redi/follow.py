@@ -9,8 +9,9 @@ from redi.config import EvalConfig
 from redi.distributed import full_tensors
 from redi.evaluation.evaluate import evaluate
 from redi.evaluation.results import EvalResult
-from redi.model import load_tokenizer_from, no_progress_bars
+from redi.model import load_tokenizer_from
 from redi.monitor import Callback, TrainState
+from redi.start import quietly
 
 
 class Snapshots(Callback):
@@ -24,8 +25,8 @@ class Snapshots(Callback):
     def on_step_end(self, state: TrainState) -> None:
         if state.step in np.linspace(0, state.total_steps, self.num_points + 1).round()[1:]:
             folder = self.folder / f"step-{state.step}"
-            with no_progress_bars():
-                weights = full_tensors(dict(state.model.named_parameters()))
+            with quietly():
+                weights = full_tensors(state.model.state_dict(keep_vars=True))
                 state.model.save_pretrained(folder, state_dict=weights)
             self.tokenizer.save_pretrained(folder)
 

@@ -24,7 +24,7 @@ FREE = {
     "output_dir", "logging_steps", "save_steps", "save_total_limit", "resume_from_checkpoint",
     "max_tokens_per_batch", "gradient_checkpointing", "kept_blocks", "use_liger_kernel",
     "torch_compile", "expected_examples", "nonfinite",
-    "report_to", "eval_dataset_name", "eval_steps", "collapse_guard",
+    "report_to", "eval_dataset_name", "eval_steps", "collapse_guard", "model_check",
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from redi_kernels.anatomy import blocks_of, output_layer
 from torch import nn
 
 from redi.monitor import PARTS
@@ -30,18 +31,23 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
 
 
+def attention_width(model_config: Any) -> int:
+    """Heads times their size; 0 for a family without attention."""
+    config = model_config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", None) or 0
+    head_dim = getattr(config, "head_dim", None)
+    return heads * head_dim if heads and head_dim else config.hidden_size if heads else 0
+
+
 def model_flops(lm: Any, seqlens: list[int]) -> float:
     """FLOP of one forward and backward over whole traces: 6 for each weight of a matmul and token,
     and causal attention (half of the square), less where a window hides keys. Recomputation does
     not count (that is what makes it MFU)."""
-    config = lm.config
-    layers = lm.model.layers
+    config = lm.config.get_text_config(decoder=True)
+    layers = blocks_of(lm)
     weights = sum(p.numel() for p in layers.parameters() if p.ndim >= 2)
-    weights += lm.lm_head.weight.numel()
-    head_dim = getattr(config, "head_dim", None)
-    width = config.num_attention_heads * (
-        head_dim or config.hidden_size // config.num_attention_heads
-    )
+    weights += output_layer(lm).weight.numel()
+    width = attention_width(config)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
     window = getattr(config, "sliding_window", None)
     seen = 0.0  # keys that all queries of all layers see

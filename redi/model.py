@@ -4,7 +4,7 @@ The model's own code is untouched. A pack's hidden states go straight from the d
 of `redi_kernels`, so the [T, V] logits never exist.
 """
 
-import contextlib
+import copy
 import gc
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from redi_kernels import anatomy
 from redi_kernels.hf import logit_options
 from torch import Tensor, nn
 
-from redi import attention, blocks
+from redi import attention, blocks, selfcheck
 from redi.config import TrainConfig
 from redi.data.pack import Pack
 from redi.errors import RediError
+from redi.meter import attention_width
+from redi.start import first_line, read_causal_lm
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 Out = TypeVar("Out")
@@ -27,7 +30,7 @@ Head = Callable[[Tensor, Tensor, Pack, dict[str, Any]], Out]
 
 
 class PackedLM(nn.Module):
-    """Wraps an unmodified `*ForCausalLM` (any with `.model` and `.lm_head`).
+    """Wraps an unmodified `*ForCausalLM` (any with a base model and a linear head on it).
 
     The loss runs inside this forward, so that hooks which gather sharded parameters (FSDP) fire
     around it; tied embeddings, the head and the final norm belong to this outer module's shard
@@ -37,37 +40,75 @@ class PackedLM(nn.Module):
     def __init__(self, lm: Any, *, autocast: bool = False):
         """`autocast`: compute in bfloat16 on a CPU (on CUDA the sharding policy casts)."""
         super().__init__()
-        if not (hasattr(lm, "model") and hasattr(lm, "lm_head")):
-            raise RediError(f"{type(lm).__name__}: need a causal LM with .model and .lm_head")
+        try:
+            anatomy.body_of(lm), anatomy.blocks_of(lm), anatomy.output_layer(lm).weight  # noqa: B018
+        except (TypeError, AttributeError) as error:
+            raise RediError(f"{error}: this family cannot be trained here") from None
         attention.register()
         self.lm = lm
         self.lm.set_attn_implementation(attention.NAME)  # any other would mix the traces
         self.autocast = autocast
+        # As redi/selfcheck.py finds: why traces must not share a forward. None: they may.
+        self.why_alone: str | None = None
 
     def forward(self, pack: Pack, head: Head[Out]) -> Out:
         device_type = pack.input_ids_T.device.type
         with torch.autocast(device_type, torch.bfloat16, enabled=self.autocast):
-            x_1TH = self.lm.model(
-                input_ids=pack.input_ids_T[None],
-                position_ids=pack.position_ids_T[None],
-                use_cache=False,  # a cache would let traces see each other
-                cu_seqlens=pack.cu_seqlens,
-                seqlens=pack.seqlens,
-            ).last_hidden_state
+            x_TH = self.states(pack)
             options = {**self.logit_options(), "num_valid": pack.num_targets}
-            return head(x_1TH[0], self.lm.lm_head.weight, pack, options)
+            return head(x_TH, self.head.weight, pack, options)
+
+    def states(self, pack: Pack) -> Tensor:
+        """The last hidden states [T, H]. Sharded ranks must hold equally many traces where they
+        run one at a time: see `pack_size`."""
+        if self.why_alone is None or len(pack.seqlens) == 1:
+            return self._states(
+                pack.input_ids_T, pack.position_ids_T, pack.cu_seqlens, pack.seqlens
+            )
+        tokens = (z.split(pack.seqlens) for z in (pack.input_ids_T, pack.position_ids_T))
+        ends = (pair_2 - pair_2[0] for pair_2 in pack.cu_seqlens.unfold(0, 2, 1))
+        traces = zip(*tokens, ends, ((n,) for n in pack.seqlens), strict=True)
+        return torch.cat([self._states(*trace) for trace in traces])
+
+    def _states(
+        self, ids_T: Tensor, positions_T: Tensor, cu_seqlens: Tensor, seqlens: tuple[int, ...]
+    ) -> Tensor:
+        """Where traces end is told to our attention, and, in transformers' own words, to the
+        kernels of recurrent families. To them not of a single trace: there is nothing to keep
+        apart, and where such a kernel is missing its stand-in would refuse."""
+        more: dict[str, Any] = {}
+        if len(seqlens) > 1:
+            more["cu_seq_lens_q"] = more["cu_seq_lens_k"] = cu_seqlens
+            more["max_length_q"] = more["max_length_k"] = max(seqlens)
+            more["seq_idx"] = (positions_T == 0).cumsum(0, dtype=torch.int32)[None] - 1
+        return anatomy.body_of(self.lm)(
+            input_ids=ids_T[None],
+            position_ids=positions_T[None],
+            use_cache=False,  # a cache would let traces see each other
+            seqlens=seqlens,
+            ends_S=cu_seqlens,
+            **more,
+        ).last_hidden_state[0]
+
+    @property
+    def head(self) -> nn.Linear:
+        """Looked up each time: sharding replaces modules."""
+        return anatomy.output_layer(self.lm)
+
+    def pack_size(self, max_tokens: int) -> int:
+        """What a packer may put together; 1: each trace (or pair) alone, as many on each rank."""
+        return max_tokens if self.why_alone is None else 1
 
     def logit_options(self) -> dict[str, Any]:
         """How this family shapes its logits, in `redi_kernels`' words."""
-        return {"bias": self.lm.lm_head.bias, **logit_options(self.lm.config)}
+        return {"bias": self.head.bias, **logit_options(self.lm.config)}
 
     def cost_of_squares(self) -> float:
         """What a squared token costs beside a token: a trace of n tokens takes 2 P n FLOP in the
         weights and, causally, 2 L A D n^2 in attention (backward doubles both)."""
-        c = self.lm.config
-        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         num_parameters = sum(p.numel() for p in self.parameters())
-        return c.num_hidden_layers * c.num_attention_heads * head_dim / num_parameters
+        num_blocks = len(anatomy.blocks_of(self.lm))
+        return num_blocks * attention_width(self.lm.config) / num_parameters
 
 
 @torch.no_grad()
@@ -124,7 +165,7 @@ def load_tokenizer_from(name: str, **options: Any) -> Any:
             loader = PreTrainedTokenizerFast if _is_generic(folder) else AutoTokenizer
             return loader.from_pretrained(name, **options)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            why = _first_line(error)
+            why = first_line(error)
     # From a folder that has only config.json, transformers would make an empty tokenizer.
     raise RediError(
         f"{name}: no tokenizer could be loaded ({why}); "
@@ -164,16 +205,30 @@ def load_model_config(config: TrainConfig, *, for_weights: bool = False) -> Any:
             )
         except (OSError, ValueError) as error:
             raise RediError(
-                f"{config.model_name_or_path}: no model could be loaded ({_first_line(error)})"
+                f"{config.model_name_or_path}: no model could be loaded ({first_line(error)})"
             ) from None
+    text_config = model_config.get_text_config(decoder=True)  # itself, but for composite ones
     if config.max_position_embeddings is not None:
-        model_config.max_position_embeddings = config.max_position_embeddings
+        text_config.max_position_embeddings = config.max_position_embeddings
     if config.rope_theta is not None:
-        _set_rope_theta(model_config, config.rope_theta)
-    for field in vars(model_config):  # the paper disables dropout; exact resume needs it off too
-        if field.endswith(("dropout", "_pdrop")) and getattr(model_config, field):
-            setattr(model_config, field, 0.0)
+        _set_rope_theta(text_config, config.rope_theta)
     return model_config
+
+
+def _drop_nothing(model_config: Any) -> None:
+    """The paper disables dropout; exact resume needs it off too. In memory only: the export has
+    what the model came with."""
+    for field, value in list(vars(model_config).items()):
+        if is_dropout(field, value):
+            setattr(model_config, field, 0.0)
+        elif hasattr(value, "to_dict"):  # the config of a part, as `text_config`
+            _drop_nothing(value)
+
+
+def is_dropout(field: str, value: Any) -> bool:
+    """Whether a config's field is a probability of dropping something."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(field, str) and "drop" in field and is_number and value != 0
 
 
 def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> PackedLM:
@@ -181,64 +236,33 @@ def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> Pa
 
     Prepared for `device`, but on the CPU: no GPU may hold it whole before it is sharded.
     `device="meta"` builds shapes only. Raises RediError when the files are missing or do not fit,
-    or when the family's positions depend on what a pack holds.
+    or when the family does not compute what redi would (redi/selfcheck.py).
     """
     from transformers import AutoModelForCausalLM
 
     gc.collect()  # an earlier stage's model, which cycles of references keep, may be gigabytes
     is_meta = str(device) == "meta"
     model_config = load_model_config(config, for_weights=not is_meta)
-    _check_positions(model_config, config)
-    common = {
-        "dtype": torch.float32,
-        "trust_remote_code": config.trust_remote_code,
-    }
+    selfcheck.refuse_balancing(model_config)
+    selfcheck.refuse_untold(model_config, config.max_length)
+    as_it_came = copy.deepcopy(model_config)
+    _drop_nothing(model_config)
+    common = {"dtype": torch.float32, "trust_remote_code": config.trust_remote_code}
     if config.model_name_or_path is None or is_meta:
         torch.manual_seed(config.seed)
         with torch.device("meta" if is_meta else "cpu"):
             lm = AutoModelForCausalLM.from_config(model_config, **common)
-        lm.config.dtype = model_config.dtype  # what exports default to, not what training uses
     else:
-        stored_dtype = model_config.dtype
-        try:
-            with no_progress_bars():
-                lm = AutoModelForCausalLM.from_pretrained(
-                    config.model_name_or_path,
-                    config=model_config,
-                    revision=config.model_revision,
-                    use_safetensors=True,  # never unpickle a stranger's file
-                    **common,
-                )
-        except (OSError, ValueError) as error:
-            raise RediError(
-                f"{config.model_name_or_path}: no model could be loaded ({_first_line(error)})"
-            ) from None
-        lm.config.dtype = stored_dtype
+        name, revision = config.model_name_or_path, config.model_revision
+        lm = read_causal_lm(name, config=model_config, revision=revision, **common)
+    lm.config_as_it_came = as_it_came  # its dtype and dropout are exported, training's are not
+    if config.model_check and not is_meta:
+        model = selfcheck.compare_with_own(lm, PackedLM, torch.device(device))
+    else:
+        model = PackedLM(lm)
     blocks.prepare(lm, config, torch.device(device))
-    autocast = bool(config.bf16) and torch.device(device).type == "cpu"
-    return PackedLM(lm, autocast=autocast).train()
-
-
-def _check_positions(model_config: Any, config: TrainConfig) -> None:
-    """Some families' attention or positions are not a trace's own in a pack. (In chunks: only their
-    mask knows; longrope, dynamic: the longest trace of the pack decides.)"""
-    chunk = getattr(model_config, "attention_chunk_size", None)
-    if chunk is not None and config.max_length > chunk:
-        raise RediError(
-            f"{model_config.model_type}: attends in chunks of {chunk} tokens, which redi does not "
-            f"compute; set max_length to {chunk} at most"
-        )
-    rope: Any = getattr(model_config, "rope_parameters", None)
-    rope = rope if isinstance(rope, dict) else {}
-    scaling = rope.get("rope_type")
-    names = ("original_max_position_embeddings", "max_position_embeddings")
-    known = (getattr(model_config, name, None) for name in names)
-    original = next(filter(None, (rope.get(names[0]), *known)), config.max_length)
-    if scaling in ("longrope", "dynamic") and config.max_length > original:
-        raise RediError(
-            f"{model_config.model_type}: beyond {original} tokens its {scaling} positions change "
-            f"with the longest trace of a pack; set max_length to {original} at most"
-        )
+    model.autocast = bool(config.bf16) and torch.device(device).type == "cpu"
+    return model.train()
 
 
 def _set_rope_theta(model_config: Any, theta: float) -> None:
@@ -249,21 +273,3 @@ def _set_rope_theta(model_config: Any, theta: float) -> None:
         raise RediError("rope_theta: this model has several; edit its config.json instead")
     else:
         model_config.rope_theta = theta
-
-
-@contextlib.contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """transformers' bars for reading and writing shards would tear our own lines."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

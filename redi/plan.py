@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from redi_kernels.anatomy import blocks_of
+
 from redi import preflight
 from redi.config import TrainConfig
 from redi.errors import RediError
@@ -148,9 +150,9 @@ class Sizes:
     @classmethod
     def of(cls, model: PackedLM) -> "Sizes":
         total = sum(p.numel() for p in model.parameters())
-        layers = model.lm.model.layers
+        layers = blocks_of(model.lm)
         inner = sum(p.numel() for p in layers.parameters())
-        return cls(total, inner // len(layers), total - inner, model.lm.lm_head.weight.numel())
+        return cls(total, inner // len(layers), total - inner, model.head.weight.numel())
 
 
 def tokens_per_pack(config: TrainConfig) -> int:

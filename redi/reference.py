@@ -23,7 +23,7 @@ from redi.config import TrainConfig
 from redi.data.pack import Pack, pack_step
 from redi.data.tokenize import Trace
 from redi.errors import RediError
-from redi.files import digest_file, publish
+from redi.files import digest_file, publish, usual_mode
 from redi.identity import hash_tokens
 from redi.model import PackedLM, sequence_logps
 from redi.monitor import ticker
@@ -68,7 +68,7 @@ def _compute(
         for start in range(0, len(traces), CHUNK):
             yield from pack_step(
                 traces[start : start + CHUNK],
-                config.max_tokens_per_batch,
+                model.pack_size(config.max_tokens_per_batch),
                 rank=ranks.rank,
                 world_size=ranks.world_size,
                 squares=squares,
@@ -123,6 +123,7 @@ def _write(file: Path, fingerprint: str, logps: Tensor) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({"logps": logps.cpu()}, aside, {"fingerprint": fingerprint})
+        usual_mode(aside)
         publish(aside.parent, {aside.name: file})
     except (OSError, SafetensorError) as error:
         aside.unlink(missing_ok=True)

@@ -110,7 +110,7 @@ def _shallow(
     if settings.get("layer_types"):
         settings["layer_types"] = list(kinds)
     changes = {"model_name_or_path": None, "tokenizer_name_or_path": "", "architecture": settings}
-    changes |= {"use_liger_kernel": False, "torch_compile": False}
+    changes |= {"use_liger_kernel": False, "torch_compile": False, "model_check": False}
     if cuda:
         changes["bf16"] = None  # no autocast: FSDP hands the model bf16 weights
     model = load_model(config.model_copy(update=changes))

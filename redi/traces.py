@@ -61,7 +61,7 @@ def score(
     if tokenizer.get_vocab() != load_tokenizer(second).get_vocab():
         raise RediError(f"{before} and {after}: their tokenizers differ, so no token compares")
     contexts = [
-        getattr(load_model_config(config), "max_position_embeddings", None)
+        getattr(load_model_config(config).get_text_config(), "max_position_embeddings", None)
         for config in (first, second)
     ]
     max_length = min((context for context in contexts if context), default=None)
@@ -87,9 +87,13 @@ def _log_probs(config: Any, traces: list[Trace], max_tokens: int) -> list[np.nda
 
     from redi.data.pack import IGNORE_INDEX, pack_traces
     from redi.model import load_model, token_logps
+    from redi.selfcheck import keep_apart
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    longest = max((len(trace.input_ids) for trace in traces), default=2)
+    config = config.model_copy(update={"max_length": longest})
     model = load_model(config, device=device).to(device).eval()
+    keep_apart(model, max_tokens)
     numbered = [replace(trace, example=i) for i, trace in enumerate(traces)]
     found: dict[int, np.ndarray] = {}
     for pack, logp_T in token_logps(model, pack_traces(numbered, max_tokens)):

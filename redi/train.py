@@ -5,17 +5,20 @@ packed into micro-batches; every denominator is counted over the whole step befo
 forward; so how a step is split never changes its gradient beyond rounding.
 """
 
+import hashlib
 import math
+import re
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from redi_kernels.anatomy import blocks_of
 
-from redi import checkpoint, distributed, preflight
+from redi import checkpoint, distributed, preflight, selfcheck
 from redi.config import TrainConfig
 from redi.data.divergence import push_from_divergence
 from redi.data.pack import Pack, pack_step
@@ -23,7 +26,7 @@ from redi.data.prefetch import Prefetch, pin
 from redi.data.read import read_examples
 from redi.data.tokenize import ChatFormat, Dropped, Tokenized, Trace, tokenize_examples
 from redi.errors import Interrupted, RediError
-from redi.export import export, model_card, stored_dtype
+from redi.export import export, model_card, whole_weights
 from redi.faults import StopRequest, nonfinite_step
 from redi.files import claim
 from redi.guard import CollapseGuard
@@ -80,7 +83,11 @@ def _train(
 
     model = load_model(config, device=ranks.device)
     _check_longest(config, model, [*data.traces, held_out])
-    distributed.shard(model, list(model.lm.model.layers), ranks, bf16=config.bf16 is not False)
+    distributed.shard(model, list(blocks_of(model.lm)), ranks, bf16=config.bf16 is not False)
+    apart = selfcheck.keep_apart(model, config.max_tokens_per_batch, check=config.model_check)
+    for line in filter(None, (selfcheck.router_note(model.lm), apart)):
+        if ranks.is_main:
+            say(line)
     if config.objective == "dpo":
         data = replace(data, traces=with_reference(data.traces, model, config, ranks))
         held_out = with_reference([held_out], model, config, ranks)[0] if held_out else []
@@ -97,11 +104,7 @@ def _train(
     metrics = loop.run(state, listeners)
 
     result = TrainResult(output_dir, state.step, metrics, len(data.traces), len(data.dropped))
-    weights = distributed.full_tensors(
-        {name.removeprefix("lm."): tensor for name, tensor in model.named_parameters()},
-        dtype=stored_dtype(model.lm, config.dtype),
-        keep=ranks.is_main,
-    )
+    weights = whole_weights(model.lm, config, keep=ranks.is_main)
 
     def write() -> None:
         export(
@@ -166,7 +169,8 @@ def _check_longest(config: TrainConfig, model: PackedLM, examples: Sequence[Any]
     """No trace may have more tokens than the model knows positions: it would train, and then be
     refused by whoever serves it."""
     longest = max(len(trace.input_ids) for traces in examples for trace in traces)
-    positions = getattr(model.lm.config, "max_position_embeddings", None)
+    text_config = model.lm.config.get_text_config(decoder=True)
+    positions = getattr(text_config, "max_position_embeddings", None)
     if positions is not None and longest > positions:
         raise RediError(
             f"{config.dataset_name}: {longest} tokens in a trace, {positions} positions in the "
@@ -266,7 +270,8 @@ class Loop:
         """
         self.meter.start()
         work = self.work.get(state.step)
-        means = self.learn(work)
+        with self.seeded(state.step):
+            means = self.learn(work)
         loss, grad_norm = means["loss"], means["grad_norm"]
         learning_rate = self.schedule.learning_rate(state.step)
         for group in self.optimizer.param_groups:
@@ -290,9 +295,21 @@ class Loop:
         }
         if (state.step - 1) % PROBE_STEPS == 0:
             row |= self.entropy(work.traces)
+        if self.model.why_alone is not None:  # else as many as fit
+            row["packs"] = len(work.packs)
         if state.skipped:
             row["skipped_steps"] = len(state.skipped)
         return {key: value for key, value in row.items() if math.isfinite(value)}
+
+    @contextmanager
+    def seeded(self, step: int) -> Iterator[None]:
+        """Some routers draw noise: the same in a step whatever ran before it, as exact resuming
+        needs, and another on each rank, which has other tokens."""
+        key = f"{self.config.seed} {step} {self.ranks.rank}".encode()
+        device = self.ranks.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7], "big"))
+            yield
 
     def prepare(self, step: int) -> StepWork:
         """The packs of a step; a function of the step alone, called ahead in a thread."""
@@ -397,7 +414,7 @@ class Loop:
     def _packs_of_this_rank(self, traces: Sequence[Trace]) -> list[Pack]:
         return pack_step(
             traces,
-            self.config.max_tokens_per_batch,
+            self.model.pack_size(self.config.max_tokens_per_batch),
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             pairs=self.pairs,
@@ -406,11 +423,16 @@ class Loop:
 
 
 def make_optimizer(model: PackedLM, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only, as transformers does."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    """AdamW; weight decay on matrices only, and not on norms, of which some are matrices (Cohere's,
+    one vector a head): as transformers does."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decays = lambda name, p: p.ndim >= 2 and not re.search(r"norm(\.|$)", name.lower())
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [p for name, p in trained if decays(name, p)],
+            "weight_decay": config.weight_decay,
+        },
+        {"params": [p for name, p in trained if not decays(name, p)], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         groups,

@@ -24,26 +24,36 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from redi_kernels.logprobs import token_logprobs
+from redi_kernels import anatomy, modelcheck
 from redi_kernels.losses import sft_loss
+
+BALANCING = (
+    "output_router_logits: the experts' balancing loss is not part of the patched forward; "
+    "set it to False (in the text config too), or unpatch(model)"
+)
 
 
 def patch(model: Any, *, check: bool = True) -> Any:
     """Gives `model` the forward above, in place, and returns it. A peft model's base is patched.
 
-    Any model with `.model` and a plain linear `.lm_head` whose logits are that head's, times
-    a scale, plus a bias, soft-capped as its config says. `check` compares eight log-probs with the
-    model's own and refuses a family that does something else; it costs one tiny forward and is
-    left out where weights are sharded or not there yet.
+    Any causal LM with a base model and a plain linear head on it whose logits are that head's, times
+    a scale, plus a bias, soft-capped as its config says. `check` compares loss and logits with the
+    model's own and refuses a family that does something else, and finds out whether its traces
+    leave each other alone in a pack; where they do not, `position_ids` that restart are refused
+    when they come. It costs a few tiny forwards and is left out where weights are sharded or not
+    there yet.
 
-    Raises TypeError for a head that is no plain linear layer (LoRA on it, or quantized), ValueError
-    when the check fails or a mixture of experts wants its balancing loss.
+    Raises TypeError for a head that is no plain linear layer (LoRA on it, or quantized) or has
+    hooks, ValueError when the check fails or a mixture of experts wants its balancing loss.
     """
     lm = _base(model)
     if "_own_forward" in vars(lm):
         return model
     _weights(lm)
+    if modelcheck.wants_balancing_loss(lm.config):
+        raise ValueError(BALANCING)
     if check:
         _check(lm)
     own = lm.forward
@@ -79,14 +89,16 @@ def unpatch(model: Any) -> Any:
     else:
         lm.forward = lm._own_forward
     del lm._own_forward, lm._patched_forward
+    vars(lm).pop("_mixes_packs", None)
     return model
 
 
 def logit_options(config: Any) -> dict[str, Any]:
     """How a family shapes its logits, as `softcap` and `logit_scale` of this package's functions.
 
-    Known: `final_logit_softcapping` (Gemma), `logit_scale` (Cohere), `lm_head_multiplier` (Falcon
-    H1), `logits_scaling` (Granite divides by it, HyperCLOVA X multiplies).
+    Known: `final_logit_softcapping` (Gemma; `logits_soft_cap` in RecurrentGemma), `logit_scale`
+    (Cohere), `lm_head_multiplier` (Falcon H1), `logits_scaling` (Granite divides by it, HyperCLOVA
+    X multiplies). What a config calls otherwise, `modelcheck.check_head` finds.
     """
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
@@ -96,7 +108,8 @@ def logit_options(config: Any) -> dict[str, Any]:
     divisor = getattr(config, "logits_scaling", None)
     if divisor is not None:
         scale *= divisor if config.model_type == "hyperclovax" else 1 / divisor
-    return {"softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": scale}
+    caps = (getattr(config, n, None) for n in ("final_logit_softcapping", "logits_soft_cap"))
+    return {"softcap": next(filter(None, caps), None), "logit_scale": scale}
 
 
 def _forward(
@@ -111,16 +124,15 @@ def _forward(
     logits_to_keep: Any = 0,  # there are no logits to keep
     **kwargs: Any,
 ) -> Any:
-    if kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False)):
-        raise ValueError(
-            "output_router_logits: the experts' balancing loss is not part of the patched forward; "
-            "set it to False, or unpatch(model)"
-        )
+    asked = kwargs.get("output_router_logits")
+    if modelcheck.wants_balancing_loss(self.config) if asked is None else asked:
+        raise ValueError(BALANCING)
+    _refuse_mixed(self, kwargs.get("position_ids"), kwargs.get("attention_mask"))
     # A cache is of no use in training, and with one, packed sequences see each other.
     kwargs["use_cache"] = bool(kwargs.get("use_cache"))
-    out = self.model(return_dict=True, **kwargs)
+    out = anatomy.body_of(self)(return_dict=True, **kwargs)
     x_BTH = out.last_hidden_state
-    head = _head(self)
+    head = head_of(self)
     if loss_fn is not None:
         return loss_fn(x_BTH, head)
     if shift_labels is None:
@@ -136,7 +148,7 @@ def _forward(
     return CausalLMOutputWithPast(loss=loss, **states)
 
 
-def _head(lm: Any) -> Callable[..., Any]:
+def head_of(lm: Any) -> Callable[..., Any]:
     weight, bias = _weights(lm)
     options = {"bias": bias, **logit_options(lm.config)}
     return lambda function, x_TH, *args, **kw: function(x_TH, weight, *args, **options, **kw)
@@ -144,14 +156,13 @@ def _head(lm: Any) -> Callable[..., Any]:
 
 def _base(model: Any) -> Any:
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not (hasattr(lm, "model") and hasattr(lm, "lm_head")):
-        raise TypeError(f"{type(lm).__name__}: need a causal LM with .model and .lm_head")
+    anatomy.body_of(lm), anatomy.output_layer(lm)  # raise for what is no causal LM
     return lm
 
 
 def _weights(lm: Any) -> tuple[Tensor, Tensor | None]:
     """The head's weight and bias, looked up at each call: peft and FSDP replace modules."""
-    head = lm.lm_head
+    head = anatomy.output_layer(lm)
     if hasattr(head, "modules_to_save"):  # peft trains a copy of the whole head
         active = [] if head.disable_adapters else head.active_adapters
         head = head.modules_to_save[active[0]] if active else head.original_module
@@ -161,31 +172,55 @@ def _weights(lm: Any) -> tuple[Tensor, Tensor | None]:
             "not make the logits. If that is LoRA, take lm_head off target_modules (or train all "
             "of it: modules_to_save=['lm_head']), or merge it: model.merge_and_unload()"
         )
+    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks)
+    replaced = "forward" in vars(head) and not hasattr(head, "_hf_hook")  # accelerate's moves only
+    if (any(hooks) or replaced) and not isinstance(head, FSDPModule):
+        raise TypeError(
+            "lm_head has a hook, which the patched forward would pass by, as it reads the weight "
+            "without calling the module: remove the hook, or unpatch(model)"
+        )
     return head.weight, head.bias
 
 
-@torch.no_grad()
 def _check(lm: Any) -> None:
-    """ValueError unless the log-probs from the last hidden states are those of the own logits."""
+    """Raises ValueError unless loss and logits are the model's own; notes if packs mix traces."""
     weight, _ = _weights(lm)
     if weight.is_meta or weight.numel() == 0 or hasattr(weight, "device_mesh"):
         return
-    ids = torch.arange(min(8, len(weight)), device=weight.device)
-    seen: list[Any] = []
-    modes = [(module, module.training) for module in lm.modules()]
-    hook = lm.model.register_forward_hook(lambda module, args, out: seen.append(out))
     try:
-        lm.eval()
-        logits = lm(input_ids=ids[None], use_cache=False, return_dict=True).logits[0].float()
-    finally:
-        hook.remove()
-        for module, training in modes:
-            module.training = training
-    x_TH = seen[0].last_hidden_state[0]
-    logp = _head(lm)(token_logprobs, x_TH, ids).logp_T
-    error = (logp - logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]).abs().max()
-    if error > 0.02 * (logits.max() - logits.min()):  # bf16 logits are within 0.4 %
+        modelcheck.check_head(lm, head_of(lm))
+    except modelcheck.Mismatch as error:
+        raise ValueError(f"{error}. Do not use patch() on it") from None
+    except Exception as error:
         raise ValueError(
-            f"{type(lm).__name__} makes its logits in a way that its config does not tell: "
-            f"log-probs are off by {error:.3g}. Please report it; do not use patch() on it"
+            f"{type(lm).__name__}: its own forward could not be compared, as it fails on token ids "
+            f"with labels ({type(error).__name__}: {error}); patch(model, check=False) does not ask"
+        ) from error
+
+    body = anatomy.body_of(lm)
+
+    def states(ids_T: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        position_ids_T = torch.cat([torch.arange(n, device=ids_T.device) for n in lengths])
+        places = {"input_ids": ids_T[None], "position_ids": position_ids_T[None]}
+        return body(**places, use_cache=False, return_dict=True).last_hidden_state[0]
+
+    try:
+        draw = functools.partial(modelcheck.draw_ids, lm)
+        difference, limit = modelcheck.mixing(states, lm, draw)
+        why = f"hidden states differ by {difference:.2g} of their size, {limit:.1g} is rounding"
+    except Exception as error:  # no position_ids, or a kernel that needs more than these
+        difference, limit, why = float("inf"), 0.0, f"{type(error).__name__}: {error}"
+    if not difference <= limit:
+        lm._mixes_packs = (
+            f"{type(lm).__name__}: traces end to end in one row change each other ({why}); give it "
+            "one trace a row, padded, with an attention_mask"
         )
+
+
+def _refuse_mixed(lm: Any, position_ids: Tensor | None, attention_mask: Any) -> None:
+    """Where packs are known to mix traces only, as looking at the positions waits for a GPU."""
+    why = getattr(lm, "_mixes_packs", None)
+    if why is None or position_ids is None or attention_mask is not None:
+        return
+    if bool((position_ids[..., 1:] < position_ids[..., :-1]).any()):
+        raise ValueError(why)

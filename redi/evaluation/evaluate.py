@@ -124,6 +124,8 @@ def evaluate(
             _sample_served(name, questions, config, generations)
         else:
             lm, tokenizer = _load(name)
+            if pairs:
+                _packed(lm, config)  # refuses now what it would after hours of sampling
             start()
             _sample(lm, tokenizer, questions, config, generations)
             if pairs:
@@ -142,21 +144,15 @@ def evaluate(
 def _load(name: str) -> tuple[Any, Any]:
     """The model, ready to generate, and its tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from redi.model import load_tokenizer_from, no_progress_bars
+    from redi.model import load_tokenizer_from
+    from redi.start import read_causal_lm
 
     gc.collect()  # a trained model may still be there, as in load_model
     tokenizer = load_tokenizer_from(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    try:
-        with no_progress_bars():
-            lm: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise RediError(
-            f"{name}: no model could be loaded ({str(error).splitlines()[0]})"
-        ) from None
+    lm = read_causal_lm(name, dtype=dtype)
     return lm.to(device).eval(), tokenizer
 
 
@@ -323,23 +319,43 @@ def _row(
     }
 
 
+def _packed(lm: Any, config: EvalConfig) -> Any:
+    """`lm` wrapped to score packs, and shown to do it rightly. Its attention stays what it was,
+    since sampling needs that."""
+    from redi.model import PackedLM
+    from redi.selfcheck import compare_with_own, keep_apart
+
+    own = lm.config._attn_implementation
+    or_else = "leave out pairs_name to sample only"
+    model = compare_with_own(lm, PackedLM, lm.device, or_else=or_else).eval()
+    keep_apart(model, config.max_tokens_per_batch)
+    lm.set_attn_implementation(own)
+    return model
+
+
 def _score_pairs(
     lm: Any, tokenizer: Any, pairs: list[Example], config: EvalConfig, file: Path
 ) -> None:
     """Writes the log-probs of every pair that has both traces and fits the model's context."""
+    from redi.attention import NAME
     from redi.data.pack import pack_traces
     from redi.data.tokenize import tokenize_examples
-    from redi.model import PackedLM, sequence_logps
+    from redi.model import sequence_logps
+    from redi.selfcheck import refuse_untold
 
     whole = [pair for pair in pairs if pair.chosen is not None and pair.rejected is not None]
     if not whole:
         raise RediError(f"{config.pairs_name}: no row has both chosen and rejected")
-    context = getattr(lm.config, "max_position_embeddings", None)
+    context = getattr(lm.config.get_text_config(decoder=True), "max_position_embeddings", None)
     tokenized = tokenize_examples(whole, tokenizer, max_length=context)
-    packs = pack_traces([t for both in tokenized.traces for t in both], config.max_tokens_per_batch)
+    traces = [trace for both in tokenized.traces for trace in both]
+    refuse_untold(lm.config, max((len(trace.input_ids) for trace in traces), default=0))
+    packs = pack_traces(traces, config.max_tokens_per_batch)
+    model = _packed(lm, config)
+    lm.set_attn_implementation(NAME)
     scores: dict[int, dict[str, float]] = {}
     with _progress("held-out pairs", len(packs), 0) as advance:
-        for pack, sum_S, length_S in sequence_logps(PackedLM(lm).eval(), packs):
+        for pack, sum_S, length_S in sequence_logps(model, packs):
             mean_S = (sum_S.double() / length_S).tolist()
             for example, is_chosen, mean in zip(
                 pack.examples, pack.is_chosen_S.tolist(), mean_S, strict=True

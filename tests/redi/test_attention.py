@@ -20,7 +20,7 @@ def run_packed(lm, rows, **kwargs):
         input_ids=torch.cat(rows)[None],
         position_ids=torch.cat([torch.arange(n) for n in seqlens])[None],
         use_cache=False,
-        cu_seqlens=torch.tensor((0, *seqlens)).cumsum(0).int(),
+        ends_S=torch.tensor((0, *seqlens)).cumsum(0).int(),
         seqlens=seqlens,
         **kwargs,
     ).last_hidden_state[0]
@@ -78,7 +78,7 @@ def test_a_mask_is_refused():
     q = torch.zeros(1, 2, 4, 8)
     with pytest.raises(ValueError, match="no attention mask"):
         attention.varlen_attention(
-            None, q, q, q, torch.ones(4, 4), cu_seqlens=torch.tensor([0, 4]), seqlens=(4,)
+            None, q, q, q, torch.ones(4, 4), ends_S=torch.tensor([0, 4]), seqlens=(4,)
         )
 
 
@@ -113,7 +113,7 @@ def test_no_memory_quadratic_in_the_pack(shaping):
     with Watch() as watch:
         out, _ = attention.varlen_attention(
             None, q, q, q, None,
-            cu_seqlens=torch.arange(0, 32769, 32).int(), seqlens=seqlens, **shaping,
+            ends_S=torch.arange(0, 32769, 32).int(), seqlens=seqlens, **shaping,
         )  # fmt: skip
         out.sum().backward()
     # The scores of a trace are 32 a query: four times its channels.
@@ -140,7 +140,7 @@ def test_cost_grows_with_the_sum_of_squared_lengths(shaping):
         cu_seqlens = torch.tensor((0, *seqlens)).cumsum(0).int()
         with Watch() as watch:
             attention.varlen_attention(
-                None, q, q, q, None, cu_seqlens=cu_seqlens, seqlens=seqlens, **shaping
+                None, q, q, q, None, ends_S=cu_seqlens, seqlens=seqlens, **shaping
             )
         return watch.flop
 
@@ -170,7 +170,7 @@ def test_the_backward_keeps_no_blocks_scores(shaping, monkeypatch):
         with LiveBytes() as live:
             out, _ = attention.varlen_attention(
                 None, q, q, q, None,
-                cu_seqlens=torch.tensor([0, length]).int(), seqlens=(length,), **shaping,
+                ends_S=torch.tensor([0, length]).int(), seqlens=(length,), **shaping,
             )  # fmt: skip
             out.sin().sum().backward()
         return live.peak, q.grad
@@ -194,17 +194,17 @@ def test_flash_attention_gets_what_it_takes(dtype, monkeypatch):
     monkeypatch.setattr(attention, "_flash_varlen", lambda: flash)
     q, k, v = (torch.randn(1, heads, 9, 8).to(dtype).as_subclass(OnCuda) for heads in (4, 2, 2))
     cu_seqlens = torch.tensor([0, 4, 9]).int()
-    attention.varlen_attention(None, q, k, v, None, cu_seqlens=cu_seqlens, seqlens=(4, 5))
+    attention.varlen_attention(None, q, k, v, None, ends_S=cu_seqlens, seqlens=(4, 5))
     assert asked == ([] if dtype == torch.float32 else [dtype])
 
 
-def test_what_a_family_adds_to_its_attention_is_not_dropped():
-    """gpt_oss passes sinks: without them its log-probs would be other ones."""
-    lm = tiny.make_lm(
-        "gpt_oss", num_local_experts=2, num_experts_per_tok=1, sliding_window=6, pad_token_id=0
-    )
-    with pytest.raises(RediError, match=r"GptOssAttention gives its attention s_aux"):
-        run_packed(lm, [torch.arange(5, 14)])
+def test_a_choice_of_keys_is_not_dropped():
+    """An indexer's; while a trace has fewer keys than it chooses, nothing else would show it."""
+    q = torch.randn(1, 2, 4, 8)
+    with pytest.raises(RediError, match="gives its attention indices"):
+        attention.varlen_attention(
+            None, q, q, q, None, ends_S=torch.tensor([0, 4]), seqlens=(4,), indices=q
+        )
 
 
 def test_flash_attention_gets_heads_that_it_takes():

@@ -51,6 +51,38 @@ def test_restored_bit_for_bit(tmp_path):
             assert torch.equal(optimizer.state[a][key], moments.state[b][key])
 
 
+def with_buffers(bias, count, scratch):
+    model, optimizer = trained()
+    model.register_buffer("bias", torch.tensor([bias, bias]))
+    model[0].register_buffer("count", torch.tensor(count))  # of no dimension, of whole numbers
+    model.register_buffer("scratch", torch.tensor(scratch), persistent=False)
+    return model, optimizer
+
+
+def test_buffers_that_are_part_of_the_model_are_restored(tmp_path):
+    checkpoint.save(tmp_path, *with_buffers(1.5, 7, 1.0), {"step": 2}, ALONE, keep=2)
+    model, optimizer = with_buffers(0.0, 0, 2.0)
+    checkpoint.load(tmp_path / "checkpoint-2", model, optimizer)
+    assert model.bias.tolist() == [1.5, 1.5]
+    assert model[0].count.item() == 7
+    assert model.scratch.item() == 2.0
+
+
+def test_a_checkpoint_of_an_older_redi_has_no_buffers(tmp_path):
+    save(tmp_path, 2, seed=1)
+    model, optimizer = with_buffers(3.0, 4, 0.0)
+    checkpoint.load(tmp_path / "checkpoint-2", model, optimizer)
+    assert model.bias.tolist() == [3.0, 3.0]
+
+
+def test_files_are_as_readable_as_others(tmp_path):
+    """safetensors writes them for their owner alone."""
+    save(tmp_path, 2)
+    (tmp_path / "other").write_text("")
+    modes = {file.stat().st_mode for file in (tmp_path / "checkpoint-2").iterdir()}
+    assert modes == {(tmp_path / "other").stat().st_mode}
+
+
 def test_torch_reads_the_files(tmp_path):
     """The format is torch.distributed.checkpoint's own."""
     from torch.distributed.checkpoint import HuggingFaceStorageReader

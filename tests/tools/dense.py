@@ -4,6 +4,8 @@ import contextlib
 
 import torch
 import torch.nn.functional as F
+from redi_kernels import modelcheck
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 
 def logps(lm, ids: list[int], num_prompt_tokens: int):
@@ -50,12 +52,14 @@ def sgd(lm, losses, lr: float) -> None:
 
 @contextlib.contextmanager
 def no_logits(lm):
-    """Fails when the head is called on more tokens than `patch` checks, eight."""
+    """Fails when the head is called on more tokens than `patch` checks. A hook for all modules:
+    `patch` refuses one on the head itself."""
 
     def stop(module, args):
-        assert args[0].shape[:-1].numel() <= 8, "the head was called: full logits"
+        called = module is lm.lm_head and args[0].shape[:-1].numel() > modelcheck.LENGTH
+        assert not called, "the head was called: full logits"
 
-    hook = lm.lm_head.register_forward_pre_hook(stop)
+    hook = register_module_forward_pre_hook(stop)
     try:
         yield
     finally:

@@ -1,0 +1,222 @@
+"""What goes out is what came in, but for what was trained."""
+
+import json
+import os
+import stat
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from redi.config import TrainConfig
+from redi.export import export, whole_weights
+from redi.model import load_model, load_tokenizer
+from redi.recipe import make_config
+from redi.train import train
+
+EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+           "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}  # fmt: skip
+LATENT = {"q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+          "v_head_dim": 8, "head_dim": 4}  # fmt: skip
+LAYERS = ["sliding_attention", "full_attention", "full_attention"]
+FAMILIES = {  # tied, scaled, experts with and without a float32 bias, hybrids, with images
+    "llama": {},
+    "gemma2": tiny.FAMILIES["gemma2"],
+    "apertus": {},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "deepseek_v3": {**EXPERTS, **LATENT},
+    "glm4_moe": {**EXPERTS, "partial_rotary_factor": 0.5},
+    "gpt_oss": {"num_local_experts": 4},
+    "granitemoehybrid": {"num_local_experts": 4, "num_experts_per_tok": 2, "mamba_n_heads": 4,
+                         "shared_intermediate_size": 16, "mamba_d_head": 16, "mamba_d_state": 8,
+                         "layer_types": ["mamba", "attention", "mamba"]},
+    "gemma3": {"text_config": {**tiny.BASE, "sliding_window": 6, "layer_types": LAYERS},
+               "vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+                                 "num_attention_heads": 2, "image_size": 8, "patch_size": 4},
+               "mm_tokens_per_image": 4},
+}  # fmt: skip
+TRAINED = ("deepseek_v3", "apertus", "gemma2")
+
+
+def make_start(folder: Path, family: str = "qwen2", dtype=torch.float32, **changes) -> Path:
+    """A folder as transformers writes it, every tensor random, buffers too; and a tokenizer."""
+    settings = deepcopy(tiny.architecture(family, **FAMILIES.get(family, {}), **changes))
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for tensor in lm.state_dict().values():
+            tensor.copy_(0.2 * torch.randn(tensor.shape) + (tensor.ndim == 1))
+    lm.save_pretrained(folder)
+    return tiny.save_tokenizer(folder)
+
+
+def settings_for(start: Path, **changes) -> dict:
+    settings = tiny.train_settings(start.parent, model_name_or_path=str(start), max_steps=1)
+    del settings["architecture"], settings["tokenizer_name_or_path"]
+    return settings | {"learning_rate": 1e-30, "weight_decay": 0.0} | changes
+
+
+def exported(start: Path, **changes) -> Path:
+    """Without a step: some families cannot train on this machine."""
+    config = make_config(TrainConfig, settings_for(start, **changes), "test")
+    lm = load_model(config).lm
+    weights = whole_weights(lm, config, keep=True)
+    export(lm, weights, load_tokenizer(config), config, eos_token_ids=[3], card="")
+    return Path(config.output_dir)
+
+
+def assert_same(a: Path, b: Path) -> None:
+    """The same tensors by name, shape, dtype, value."""
+    left, right = (load_file(folder / "model.safetensors") for folder in (a, b))
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].dtype == right[name].dtype, name
+        assert torch.equal(left[name], right[name]), name
+
+
+def read_json(folder: Path, name: str = "config.json") -> dict:
+    return json.loads((folder / name).read_text())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_goes_out_as_it_came(tmp_path, family, dtype):
+    start = make_start(tmp_path / "start", family, dtype)
+    out = exported(start)
+    assert_same(start, out)
+    came, went = read_json(start), read_json(out)
+    assert came["architectures"] == went["architectures"]
+    kinds = {"model_type", "dtype", "vocab_size", "tie_word_embeddings"}
+    assert {k: came[k] for k in kinds & came.keys()} == {k: went[k] for k in kinds & came.keys()}
+
+
+@pytest.mark.parametrize("family", TRAINED)
+def test_a_step_at_no_rate_exports_the_start(tmp_path, family):
+    start = make_start(tmp_path / "start", family)
+    out = train(settings_for(start)).output_dir
+    assert_same(start, out)
+    ids = torch.arange(30)[None]
+    kind = AutoModelForCausalLM
+    a, b = (kind.from_pretrained(folder).eval()(ids).logits for folder in (start, out))
+    assert torch.equal(a, b)
+
+
+def test_tensors_keep_the_dtypes_they_came_in(tmp_path):
+    """Some publish bfloat16 weights with a float32 router: not rounded, and nothing widened."""
+    start = make_start(tmp_path / "start", dtype=torch.bfloat16)
+    tensors = load_file(start / "model.safetensors")
+    name = "model.layers.1.mlp.gate_proj.weight"
+    tensors[name] = tensors[name].float() + 1e-5
+    save_file(tensors, start / "model.safetensors", {"format": "pt"})
+    assert_same(start, exported(start))
+
+
+def test_an_asked_for_dtype_is_of_what_trains_not_of_buffers(tmp_path):
+    start = make_start(tmp_path / "start", "deepseek_v3")
+    tensors = load_file(exported(start, dtype="bfloat16") / "model.safetensors")
+    kinds = {name.split(".")[-1]: tensor.dtype for name, tensor in tensors.items()}
+    assert kinds == {"weight": torch.bfloat16, "e_score_correction_bias": torch.float32}
+
+
+def test_dropout_goes_out_as_it_came(tmp_path):
+    start = make_start(tmp_path / "start", attention_dropout=0.25)
+    assert read_json(exported(start))["attention_dropout"] == 0.25
+    vlm = make_start(tmp_path / "vlm" / "start", "gemma3")
+    settings = read_json(vlm)
+    settings["text_config"]["attention_dropout"] = 0.5
+    (vlm / "config.json").write_text(json.dumps(settings))
+    assert read_json(exported(vlm))["text_config"]["attention_dropout"] == 0.5
+    config = make_config(TrainConfig, settings_for(vlm), "test")
+    assert load_model(config).lm.config.text_config.attention_dropout == 0.0
+
+
+def test_the_generation_config_is_the_starts_and_the_templates_stop(tmp_path):
+    """Even one that transformers refuses to write: a temperature without sampling."""
+    start = make_start(tmp_path / "start")
+    came = {"eos_token_id": [5, 7], "temperature": 0.6, "top_p": 0.9, "do_sample": False,
+            "bos_token_id": 1, "pad_token_id": 11}  # fmt: skip
+    (start / "generation_config.json").write_text(json.dumps(came))
+    out = exported(start)
+    went = read_json(out, "generation_config.json")
+    assert {k: went[k] for k in came} == came | {"eos_token_id": [5, 7, 3]}
+    (start / "generation_config.json").unlink()
+    went = read_json(exported(start, output_dir=str(tmp_path / "b")), "generation_config.json")
+    assert went["eos_token_id"] == [3]
+    assert went["pad_token_id"] == 0
+
+
+def test_files_are_as_readable_as_others(tmp_path):
+    old = os.umask(0o022)
+    try:
+        out = exported(make_start(tmp_path / "start"))
+    finally:
+        os.umask(old)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in out.iterdir()} == {0o644}
+
+
+def test_code_and_processors_that_a_config_names_come_along(tmp_path):
+    start = make_start(tmp_path / "start")
+    names = ("modeling_mine.py", "preprocessor_config.json")
+    for name in names:
+        (start / name).write_text(f"# {name}")
+    out = exported(start)
+    assert all((out / name).read_text() == f"# {name}" for name in names)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}  # fmt: skip
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "came"),
+    [
+        ("qwen2", {"rope_theta": 3e4, "rope_scaling": None}),
+        ("llama", {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
+        ("glm4_moe", {"rope_theta": 2e4, "rope_scaling": None, "partial_rotary_factor": 0.5}),
+        ("gemma3_text", {"rope_theta": 1e6, "rope_scaling": LINEAR, "rope_local_base_freq": 2e4}),
+    ],
+)
+def test_positions_are_said_in_the_old_words_too(tmp_path, family, came):
+    """transformers 4.57 looks for `rope_theta` and takes 10,000 where it is not."""
+    start = make_start(tmp_path / "start", family, **came)
+    out = exported(start)
+    went = read_json(out)
+    assert {k: went[k] for k in came} == came
+    both = [AutoConfig.from_pretrained(folder).rope_parameters for folder in (start, out)]
+    assert both[0] == both[1]
+
+
+def test_the_tokenizer_keeps_its_class_and_special_tokens(tmp_path):
+    """A class of transformers 5 and its list of extra tokens are nothing to 4.57."""
+    start = make_start(tmp_path / "start")
+    assert read_json(start, "tokenizer_config.json")["tokenizer_class"] == "TokenizersBackend"
+    out = exported(start)
+    went = read_json(out, "tokenizer_config.json")
+    assert went["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert went["additional_special_tokens"] == ["<q>", "<a>"]
+    assert "extra_special_tokens" not in went
+
+    came = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<e>", "pad_token": "<pad>",
+            "add_bos_token": False, "additional_special_tokens": ["<q>"],
+            "chat_template": tiny.TEMPLATE, "added_tokens_decoder": {}}  # fmt: skip
+    (start / "tokenizer_config.json").write_text(json.dumps(came))
+    (start / "merges.txt").write_text("#version: 0.2\n")
+    out = exported(start, output_dir=str(tmp_path / "b"))
+    assert read_json(out, "tokenizer_config.json") == came
+    assert (out / "merges.txt").read_text() == "#version: 0.2\n"
+
+
+def test_a_recipes_template_is_the_exports(tmp_path):
+    start = make_start(tmp_path / "start")
+    settings = read_json(start, "tokenizer_config.json") | {"chat_template": "old"}
+    (start / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "new.jinja").write_text(tiny.TEMPLATE + "{# new #}")
+    out = exported(start, chat_template=str(tmp_path / "new.jinja"))
+    assert "old" not in read_json(out, "tokenizer_config.json")["chat_template"]
+    assert AutoTokenizer.from_pretrained(out).chat_template.endswith("{# new #}")
