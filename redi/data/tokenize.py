@@ -17,6 +17,7 @@ import numpy as np
 from redi.data.read import Example, Message, Prompt
 from redi.errors import RediError
 
+_MOST_CHARACTERS = 16  # of a token, nearly always; real text has 3 to 5
 _CHUNK = 500  # examples per tokenizer call: enough for its threads, little enough for memory
 _PROBE = "probe 4711"
 _THINK = {"<think>", "</think>"}  # traces hold them
@@ -187,6 +188,16 @@ class ChatFormat:
             encoded.append(([*prompt_ids, *ids, stop], len(prompt_ids)))
         return encoded
 
+    def is_far_longer(self, prompt: Prompt, completion: str, limit: int) -> bool:
+        """Whether a text has so many characters that its beginning alone tells that it has more
+        than `limit` tokens. Tokenizing 20 MB to find that out takes a minute and gigabytes."""
+        turns = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+        heads = [
+            t[:size] for t in (*turns, completion) if len(t) > (size := _MOST_CHARACTERS * limit)
+        ]
+        # twice: where the text is cut, the tokens of a word may be others
+        return any(len(ids) > 2 * limit for ids in self._ids(heads))
+
     def count_apart(self, messages: Prompt) -> int:
         """Tokens of `messages` templated by themselves, and one: how the paper measures prompts and
         completions (a default system turn is in both, the header of the assistant's in neither)."""
@@ -250,6 +261,8 @@ class ChatFormat:
             raise RediError(f"the chat template refuses messages of {roles}: {error}") from None
 
     def _ids(self, texts: list[str], **kwargs: Any) -> list[list[int]]:
+        if not texts:  # which the tokenizer refuses
+            return []
         return self.tokenizer(texts, add_special_tokens=False, verbose=False, **kwargs)["input_ids"]
 
 
@@ -279,9 +292,13 @@ def tokenize_examples(
     result = Tokenized([], [], [])
     for start in range(0, len(examples), _CHUNK):
         chunk = examples[start : start + _CHUNK]
-        encoded = iter(_encode(chat, chunk))
+        huge = {id(e) for e in chunk if _is_huge(chat, e, max_length)}
+        encoded = iter(_encode(chat, [e for e in chunk if id(e) not in huge]))
         for i, example in enumerate(chunk, start):
             traces, reason = [], None
+            if id(example) in huge:
+                result.dropped.append(Dropped(example.id, f"longer than max_length {max_length}"))
+                continue
             for is_chosen, text in example.sides:
                 ids, num_prompt_tokens = next(encoded)
                 ids_T = np.array(ids, dtype=np.int32)
@@ -303,6 +320,13 @@ def tokenize_examples(
             + "; ".join(f"{count} {reason}" for reason, count in counts.most_common())
         )
     return result
+
+
+def _is_huge(chat: ChatFormat, example: Example, max_length: int | None) -> bool:
+    texts = (text for _, text in example.sides)
+    return bool(max_length) and any(
+        chat.is_far_longer(example.prompt, text, max_length or 0) for text in texts
+    )
 
 
 def _encode(chat: ChatFormat, examples: Sequence[Example]) -> list[tuple[list[int], int]]:
