@@ -87,11 +87,13 @@ def find_files(path: str | Path, *, mix_splits: bool = False) -> list[Path]:
         raise RediError(f"{path}: {what}" + (f"; it holds {name_some(others)}" if others else ""))
     if {"positives.parquet", "pairs.parquet"} <= {p.name for p in files}:
         raise RediError(f"{path}: both positives.parquet and pairs.parquet; name one of them")
-    found = {split: p for p in reversed(files) for split in _splits(name_of(p, path))}
+    # Seen from the folder that holds them all: what it is called itself says nothing here.
+    above = os.path.commonpath([p.parent for p in files])
+    found = {s: p for p in reversed(files) for s in _splits(os.path.relpath(p, above))}
     if len(found) > 1 and not mix_splits:
         named = ", ".join(f"{split} ({name_of(found[split], path)})" for split in sorted(found))
         raise RediError(
-            f"{path}: holds files of the splits {named}; name the file of one, or a glob of its files"
+            f"{path}: holds files of the splits {named}; name one file, or a glob of one's files"
         )
     return files
 
