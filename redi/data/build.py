@@ -233,11 +233,24 @@ def _finish(config: DataConfig, parts: list[Path], aside: Path, report: BuildRep
                 f"{d['count']} {reason} (first: {d.get('detail') or d['first']})"
                 for reason, d in dropped
             )
+            + _about_lone_generations(report)
         )
     report.finish()
     (aside / "report.txt").write_text(report.text() + "\n", encoding="utf-8")
     (aside / "report.json").write_text(report.json(), encoding="utf-8")
     return report
+
+
+def _about_lone_generations(report: BuildReport) -> str:
+    """Of rows that can make no pair, having one generation each."""
+    counts = report.counts
+    judged = counts.get("traces correct", 0) + counts.get("traces incorrect", 0)
+    if not judged or counts["traces read"] > counts["rows read"]:
+        return ""
+    return (
+        ". Each row has one generation, and a pair is made within a row: put the generations of a "
+        "problem into one row's list `generations`"
+    )
 
 
 def _describe(config: DataConfig, inputs: Inputs, tokenizer: Any) -> BuildReport:

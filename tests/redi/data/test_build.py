@@ -307,6 +307,11 @@ def test_no_pairs_left_says_why_and_leaves_a_report(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_rows_of_one_generation_each_are_told_to_be_gathered(tmp_path):
+    with pytest.raises(RediError, match=r"no pairs left of 2 rows: .*put the generations of a"):
+        run(tmp_path, [raw(["####3"]), raw(["####4"])])
+
+
 def test_a_row_without_its_columns_is_a_counted_drop(tmp_path):
     lone = {"messages": json.dumps([ASSISTANT])}
     report = run(tmp_path, [raw(["####2", "####3"]), {"problem": "1+1?"}, lone])

@@ -309,9 +309,7 @@ def test_splits_are_not_mixed(tmp_path, names):
     for name in names:
         write(tmp_path / name, [{"n": 1}])
     for path in (tmp_path, f"{tmp_path}/**"):
-        with pytest.raises(
-            RediError, match=r"holds files of the splits .*train \(.*name one file"
-        ):
+        with pytest.raises(RediError, match=r"holds files of the splits .*train \(.*name one file"):
             find_files(path)
         assert len(find_files(path, mix_splits=True)) == len(names)
     assert len(find_files(f"{tmp_path}/{names[0].replace('train', 't*n')}")) == 1
