@@ -28,7 +28,7 @@ from redi.data.overlap import Overlap
 from redi.data.pool import WorkerDied, run_all
 from redi.data.report import BuildReport
 from redi.data.table import Part, merge
-from redi.data.tokenize import digest_tokenizer
+from redi.data.tokenize import digest_tokenizer, with_template_arguments
 from redi.data.verify import Verifier, grading_rules, num_cores
 from redi.errors import RediError, VerifierFailed
 from redi.files import claim, digest_file, publish, write_text
@@ -72,6 +72,10 @@ def build(
         raise RediError(
             "max_length, max_prompt_length and max_completion_length count tokens: give a tokenizer"
         )
+    if config.chat_template_kwargs:
+        if tokenizer is None:
+            raise RediError("chat_template_kwargs: there is no tokenizer to give them to")
+        tokenizer = with_template_arguments(tokenizer, config.chat_template_kwargs)
     folder = Path(output_dir)
     inputs = [(file, name_of(file, config.path)) for file in find_files(config.path)]
     start = _describe(config, inputs, tokenizer)

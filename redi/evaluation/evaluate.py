@@ -60,6 +60,7 @@ LATER_FIELDS = {
     "answer_prefix": "",
     "engine": "transformers",
     "api": "chat",
+    "chat_template_kwargs": {},
 }
 
 
@@ -167,10 +168,10 @@ def _sample(
     runs out at once if it does, and prompts of one length side by side."""
     import torch
 
-    from redi.data.tokenize import ChatFormat
+    from redi.data.tokenize import ChatFormat, with_template_arguments
     from redi.evaluation.generate import generate
 
-    chat = ChatFormat(tokenizer)
+    chat = ChatFormat(with_template_arguments(tokenizer, config.chat_template_kwargs))
     has_template = bool(tokenizer.chat_template)
     posed = [_pose(question.problem, config, has_template) for question in questions]
     prompts = [chat.encode_prompt(prompt, config.answer_prefix) for prompt in posed]
@@ -298,6 +299,8 @@ def _request(
         "max_tokens": config.max_new_tokens,
         "seed": int(np.random.default_rng([config.seed, *item]).integers(2**31)),
     }
+    if config.chat_template_kwargs:  # as vLLM and SGLang take them
+        body["chat_template_kwargs"] = config.chat_template_kwargs
     posed = _pose(problem, config, config.api == "chat")
     if config.api == "completions":
         if not isinstance(posed, str):

@@ -20,7 +20,7 @@ Metric = Literal["pass@1", "gap"]
 # What moves a score besides the model: of evaluation.json, its recipe included.
 SETTINGS = (
     *("rules", "grader", "temperature", "top_p", "max_new_tokens"),
-    *("system_prompt", "prompt_template", "answer_prefix"),
+    *("system_prompt", "prompt_template", "answer_prefix", "chat_template_kwargs"),
 )
 
 
@@ -263,7 +263,9 @@ def read_result(folder: Path, model: str) -> EvalResult:
     settings = {}
     if (file := folder / "evaluation.json").exists():
         found = json.loads(file.read_text(encoding="utf-8"))
-        settings = {key: (found | found.get("config", {})).get(key) for key in SETTINGS}
+        found |= found.get("config", {})
+        settings = {key: found.get(key) for key in SETTINGS}
+        settings["chat_template_kwargs"] = settings["chat_template_kwargs"] or None
     verdicts, finished, num_tokens = map(column, ("verdict", "finished", "num_tokens"))
     num_tokens = num_tokens.astype(np.float64)  # None becomes NaN
     return EvalResult(model, ids, verdicts, finished, num_tokens, pairs, groups, settings)
