@@ -290,8 +290,15 @@ def _overrides(kind: type, args: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point: user errors end with exit code 2 and one line, not a traceback."""
+    import warnings
+
     from redi.errors import Interrupted
 
+    # Our own warnings are sentences for people; where in our code they stand is of no use to them.
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, kind, *where, **more: (
+        f"warning: {message}\n" if kind is UserWarning else usual(message, kind, *where, **more)
+    )
     try:
         app()
     except RediError as error:

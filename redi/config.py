@@ -92,6 +92,10 @@ class DataConfig(Strict):
     prompt_template: PromptTemplate = Field(
         "{problem}", description="the user's turn; {problem} is replaced"
     )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="values for the template's switches, as enable_thinking: true",
+    )
     num_workers: int | None = Field(None, ge=1, description="processes; default: CPU cores")
     verify_timeout: float = Field(5.0, gt=0, description="seconds allowed to judge one answer")
 
@@ -159,6 +163,10 @@ class EvalConfig(Strict):
     system_prompt: str | None = None
     prompt_template: PromptTemplate = "{problem}"
     answer_prefix: str = Field("", description="how every answer begins, as <think>")
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="values for the template's switches, as enable_thinking: true",
+    )
     # engine
     engine: Literal["transformers", "openai"] = Field(
         "transformers", description="openai: a server that speaks its protocol, as vLLM's"
@@ -226,6 +234,10 @@ class TrainConfig(Strict):
     tokenizer_name_or_path: str | None = Field(None, description="default: model_name_or_path")
     chat_template: str | None = Field(
         None, description="file with a Jinja chat template to use instead"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="values for the template's switches, as enable_thinking; exported",
     )
     rope_theta: float | None = Field(
         None, gt=0, description="overrides the model's, and is exported"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from redi import attention, blocks, selfcheck
 from redi.config import TrainConfig
 from redi.data.pack import Pack
+from redi.data.tokenize import with_template_arguments
 from redi.errors import RediError
 from redi.meter import attention_width
 from redi.start import first_line, read_causal_lm
@@ -149,7 +150,7 @@ def load_tokenizer(config: TrainConfig) -> Any:
         if not file.is_file():
             raise RediError(f"chat_template: {file}: no such file")
         tokenizer.chat_template = file.read_text()
-    return tokenizer
+    return with_template_arguments(tokenizer, config.chat_template_kwargs)
 
 
 def load_tokenizer_from(name: str, **options: Any) -> Any:

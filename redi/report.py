@@ -77,7 +77,7 @@ def model_table(results: Mapping[str, EvalResult], baseline: str | None = None) 
         row += [f"{100 * (result.majority_at(k) or 0):.1f}"] * votes
         row += [f"{100 * float(1 - result.finished_PN.mean()):.1f}"]
         row += [f"{100 * _ungraded(result):.1f}"] * ungraded
-        row += [f"{float(result.num_tokens_PN.mean()):,.1f}"]
+        row += ["" if result.mean_tokens is None else f"{result.mean_tokens:,.1f}"]
         if gaps:
             row.append("" if result.pairs is None else f"{float(result.pairs.gap_P.mean()):+.3f}")
         rows.append(row)

@@ -23,19 +23,23 @@ from typing import Any
 
 from redi.config import DataConfig
 from redi.data.choose import Chooser
-from redi.data.files import Block, blocks, find_files, name_of
+from redi.data.files import Block, blocks, find_files, name_of, unread
 from redi.data.overlap import Overlap
 from redi.data.pool import WorkerDied, run_all
 from redi.data.report import BuildReport
 from redi.data.table import Part, merge
-from redi.data.tokenize import digest_tokenizer
+from redi.data.tokenize import digest_tokenizer, with_template_arguments
 from redi.data.verify import Verifier, grading_rules, num_cores
 from redi.errors import RediError, VerifierFailed
 from redi.files import claim, digest_file, publish, write_text
 
+_ENOUGH = 1000  # rows, none of which could be used: a build ends there
 FORMAT = 2  # of the parts; also to be raised when a rule other than a grader's changes
 TACIT = "tokenizer, template, or version of redi or math-verify"  # only the fingerprint has them
 OUTPUTS = ("positives.parquet", "pairs.parquet", "report.txt", "report.json")
+
+FAILED = "failed-report.txt"  # of a build that left nothing
+_FAILED_HEAD = "A build that left nothing to train on.\n\n"
 
 Inputs = list[tuple[Path, str]]  # files with their names
 Progress = Callable[[int, float], None]  # (rows read, share of the input done)
@@ -68,9 +72,14 @@ def build(
         raise RediError(
             "max_length, max_prompt_length and max_completion_length count tokens: give a tokenizer"
         )
+    if config.chat_template_kwargs:
+        if tokenizer is None:
+            raise RediError("chat_template_kwargs: there is no tokenizer to give them to")
+        tokenizer = with_template_arguments(tokenizer, config.chat_template_kwargs)
     folder = Path(output_dir)
     inputs = [(file, name_of(file, config.path)) for file in find_files(config.path)]
     start = _describe(config, inputs, tokenizer)
+    start.unread = unread(config.path)
     done = _finished(folder, start)
     if done is not None:
         return done
@@ -81,6 +90,7 @@ def build(
     aside = folder / ".building"
     try:
         with claim(folder, "build"):
+            _check_foreign(folder)
             _begin(aside, start.fingerprint)
             try:
                 chooser = Chooser(config, tokenizer, overlap)
@@ -88,16 +98,26 @@ def build(
                 report = _finish(config, parts, aside, start)
             except (WorkerDied, VerifierFailed):
                 raise
+            except _NothingLeft as error:
+                shutil.rmtree(aside, ignore_errors=True)
+                file = _keep_failed(folder, start)
+                raise RediError(f"{error}; the whole report: {file}") from None
             except RediError:  # the next try will have other input
                 shutil.rmtree(aside, ignore_errors=True)
                 raise
             publish(aside, {name: folder / name for name in OUTPUTS})
             shutil.rmtree(aside)
+            if _is_failed_report(folder / FAILED):
+                (folder / FAILED).unlink()
     except OSError as error:
         raise RediError(
             f"{folder}: cannot be written: {error}; put it right and run again"
         ) from error
     return report
+
+
+class _NothingLeft(RediError):
+    """Rows were read, and there is nothing to train on."""
 
 
 @dataclass(frozen=True)
@@ -153,12 +173,15 @@ def _make_parts(
     total = sum(file.stat().st_size for file, _ in inputs) or 1
     parts: list[Path] = []
     rows = size = 0
+    is_hopeless = True
 
     def count(task: Task) -> None:
-        nonlocal rows, size
-        report = json.loads((aside / f"{task.part}.json").read_text(encoding="utf-8"))["report"]
-        rows += report["counts"].get("rows read", 0)
+        nonlocal rows, size, is_hopeless
+        about = json.loads((aside / f"{task.part}.json").read_text(encoding="utf-8"))
+        report = BuildReport(**about["report"])
+        rows += report.counts.get("rows read", 0)
         size += task.block.bytes
+        is_hopeless &= report.is_hopeless
 
     def tell() -> None:  # of parts made now, so that those that were found do not set the pace
         if progress:
@@ -179,6 +202,8 @@ def _make_parts(
         publish(aside, {name + suffix: aside / (task.part + suffix) for suffix in suffixes})
         count(task)
         tell()
+        if is_hopeless and rows >= _ENOUGH:
+            return [part for part in parts if part.exists()]  # the rest would be read in vain
     return parts
 
 
@@ -206,9 +231,13 @@ def _finish(config: DataConfig, parts: list[Path], aside: Path, report: BuildRep
         raise RediError(f"{config.path}: no rows")
     if not counts["pairs"] and (wants_pairs or not counts["positives"]):
         dropped = [*report.dropped_rows.items(), *report.dropped_traces.items()]
-        raise RediError(
+        raise _NothingLeft(
             f"{config.path}: no pairs left of {counts['rows read']} rows: "
-            + "; ".join(f"{d['count']} {reason} (first: {d['first']})" for reason, d in dropped)
+            + "; ".join(
+                f"{d['count']} {reason} (first: {d.get('detail') or d['first']})"
+                for reason, d in dropped
+            )
+            + _about_lone_generations(report)
         )
     report.finish()
     (aside / "report.txt").write_text(report.text() + "\n", encoding="utf-8")
@@ -216,9 +245,23 @@ def _finish(config: DataConfig, parts: list[Path], aside: Path, report: BuildRep
     return report
 
 
+def _about_lone_generations(report: BuildReport) -> str:
+    """Of rows that can make no pair, having one generation each."""
+    counts = report.counts
+    judged = counts.get("traces correct", 0) + counts.get("traces incorrect", 0)
+    if not judged or counts["traces read"] > counts["rows read"]:
+        return ""
+    return (
+        ". Each row has one generation, and a pair is made within a row: put the generations of a "
+        "problem into one row's list `generations`"
+    )
+
+
 def _describe(config: DataConfig, inputs: Inputs, tokenizer: Any) -> BuildReport:
     """An empty report that says what the build depends on, with the fingerprint of it."""
-    evaluation = [file for path in config.decontaminate for file in find_files(path)]
+    evaluation = [
+        file for path in config.decontaminate for file in find_files(path, mix_splits=True)
+    ]
     with ThreadPoolExecutor(num_cores()) as pool:  # hashing does not hold the interpreter
         (*digests,) = pool.map(digest_file, [*(file for file, _ in inputs), *evaluation])
     report = BuildReport(config=config.model_dump(exclude={"num_workers"}))
@@ -245,8 +288,8 @@ def _finished(folder: Path, wanted: BuildReport) -> BuildReport | None:
     file = folder / "report.json"
     if not file.exists():
         return None
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if found.get("fingerprint") == wanted.fingerprint:
+    found = vars(BuildReport.load(file))
+    if found["fingerprint"] == wanted.fingerprint:
         is_whole = all((folder / name).exists() for name in OUTPUTS)
         return BuildReport(**found) if is_whole else None
     options = {key for key, value in wanted.config.items() if found["config"].get(key) != value}
@@ -257,6 +300,31 @@ def _finished(folder: Path, wanted: BuildReport) -> BuildReport | None:
         f"{folder}: holds data built from other {', '.join(differ) or TACIT}; "
         "choose another output_dir, or remove that folder"
     )
+
+
+def _check_foreign(folder: Path) -> None:
+    """Raises RediError where files of the build's names lie that no build has written."""
+    if (folder / "report.json").exists() or (folder / ".building").exists():
+        return  # a build's, whole or interrupted
+    foreign = [name for name in OUTPUTS if (folder / name).exists()]
+    if foreign:
+        raise RediError(
+            f"{folder}: holds {', '.join(foreign)}, which this build has not written and would "
+            "overwrite; choose another output_dir"
+        )
+
+
+def _is_failed_report(file: Path) -> bool:
+    return file.is_file() and file.read_bytes().startswith(_FAILED_HEAD.encode())
+
+
+def _keep_failed(folder: Path, report: BuildReport) -> Path:
+    """Leaves what became of every row; never in place of a file of somebody else's."""
+    file = folder / FAILED
+    if file.exists() and not _is_failed_report(file):
+        raise RediError(f"{file}: is no report of a build; move it away")
+    write_text(file, _FAILED_HEAD + report.text() + "\n")
+    return file
 
 
 def _begin(aside: Path, fingerprint: str) -> None:

@@ -33,6 +33,7 @@ _UNKNOWN = {
     "unparsable": "no answer that can be read",
     None: "no verdict, and no answer to judge by",
 }
+_NOT_CARRIED = "the chat template cannot carry it"
 _OPENR1_JUDGES = {"llama", "math_verify"}
 UNFINISHED = "unfinished: <think> without </think>"
 
@@ -101,18 +102,18 @@ class Chooser:
         yield stretch
 
     def _read(self, row: dict[str, Any] | Unreadable, where: str) -> Problem | Example | None:
-        """The row, or None if it is none; what is wrong with all rows is an error."""
-        if isinstance(row, Unreadable):
-            self.report.count("rows read", "")
-            self.report.drop("rows", row.reason, where, text=row.detail)
-            return None
+        """The row, or None if it is none."""
         try:
+            if isinstance(row, Unreadable):
+                detail = f": {row.detail}" if row.detail else ""
+                raise RediError(f"{where}: {row.reason}{detail}")
             item = to_item(row, where)
-        except MissingColumn:
-            raise
         except RediError as error:
+            is_missing = isinstance(error, MissingColumn)
+            reason = "a column is missing" if is_missing else "a field of the wrong kind"
+            reason = row.reason if isinstance(row, Unreadable) else reason
             self.report.count("rows read", "")
-            self.report.drop("rows", "a field of the wrong kind", where, text=str(error))
+            self.report.drop("rows", reason, where, text=str(error), detail=str(error))
             return None
         self.report.count("rows read", item.source or "")
         num = len(item.generations) if isinstance(item, Problem) else len(item.sides)
@@ -217,12 +218,13 @@ class Chooser:
         first, first_length = None, None
         for text in texts:
             reason: str | None = f"{outcome}, not the first of its problem"
+            detail = ""
             if first is None:
-                length, reason = self._measure(prompt, text, problem.where)
+                length, reason, detail = self._measure(prompt, text, problem.where)
                 if reason is None:
                     first, first_length = text, length
             if reason is not None:
-                self._drop_trace(reason, problem, text)
+                self._drop_trace(reason, problem, text, detail)
         return first, first_length
 
     def _pass_through(
@@ -232,7 +234,7 @@ class Chooser:
         is_pair = is_labelled or example.rejected is not None
         self.wants_pairs |= is_pair
         sides = example.sides
-        reason, lengths = None, {}
+        reason, detail, lengths = None, "", {}
         if example.source in self.config.exclude_sources:
             reason = f"source {example.source} excluded"
         is_known = self.overlap.check(example.prompt, where, example.id, self.report)
@@ -240,10 +242,11 @@ class Chooser:
         for is_chosen, text in sides:
             if self._is_cut_off(text):
                 reason = reason or UNFINISHED
-            lengths[is_chosen], too_long = self._measure(example.prompt, text, where)
-            reason = reason or too_long
+            lengths[is_chosen], unfit, why = self._measure(example.prompt, text, where)
+            if reason is None:
+                reason, detail = unfit, why
         if reason:
-            self._drop_row(reason, example, where, len(sides))
+            self._drop_row(reason, example, where, len(sides), detail)
             return None
         for is_chosen, text in sides:
             self._judged("correct" if is_chosen else "incorrect", example.source, text)
@@ -254,26 +257,32 @@ class Chooser:
         self.report.count(f"traces {outcome}", source or "")
         self.report.spread(f"{outcome} traces", "characters", {bin_of(len(text)): 1})
 
-    def _measure(self, prompt: Prompt, text: str, where: str) -> tuple[int, str | None]:
-        """(length, why the trace is too long). Raises RediError if the template cannot carry it."""
+    def _measure(self, prompt: Prompt, text: str, where: str) -> tuple[int, str | None, str]:
+        """(length, why the trace cannot be used if it cannot, what is wrong with it if something
+        is)."""
+        config = self.config
         if not text.strip():
-            return 0, "empty generation"
+            return 0, "empty generation", ""
         if self.chat is None:
-            return len(text), None
+            return len(text), None, ""
+        if config.max_length and self.chat.is_far_longer(prompt, text, config.max_length):
+            return 0, f"longer than max_length {config.max_length}", ""
         try:
             ids, num_prompt_tokens = self.chat.encode(prompt, text)
         except RediError as error:
-            raise RediError(f"{where}: {error}") from None
+            return 0, _NOT_CARRIED, f"{where}: {error}"
+        return len(ids), self._too_long(len(ids), num_prompt_tokens), ""
+
+    def _too_long(self, num_tokens: int, num_prompt_tokens: int) -> str | None:
         config = self.config
         if config.length_rule == "paper":
-            return len(ids), over_limit(len(ids), 0, config.max_length, None)
-        reason = over_limit(
-            len(ids), num_prompt_tokens, config.max_length, config.max_prompt_length
-        )
+            return over_limit(num_tokens, 0, config.max_length, None)
+        limits = (config.max_length, config.max_prompt_length)
+        reason = over_limit(num_tokens, num_prompt_tokens, *limits)
         limit = config.max_completion_length
-        if reason is None and limit and len(ids) - num_prompt_tokens > limit:
+        if reason is None and limit and num_tokens - num_prompt_tokens > limit:
             reason = f"longer than max_completion_length {limit}"
-        return len(ids), reason
+        return reason
 
     def _too_long_for_paper(self, prompt: Prompt, chosen: str, rejected: str) -> str | None:
         if self.chat is None:
@@ -288,16 +297,19 @@ class Chooser:
                 return f"pair dropped: {name} longer than max_completion_length {limit}"
         return None
 
-    def _drop_row(self, reason: str, item: Problem | Example, where: str, num_traces: int) -> None:
+    def _drop_row(
+        self, reason: str, item: Problem | Example, where: str, num_traces: int, detail: str = ""
+    ) -> None:
         about: dict[str, Any] = {"id": item.id, "source": item.source}
-        self.report.drop("rows", reason, where, text=text_of(item.prompt), **about)
+        self.report.drop("rows", reason, where, text=text_of(item.prompt), detail=detail, **about)
         if num_traces:
             self.report.drop("traces", f"row dropped: {reason}", where, number=num_traces, **about)
 
-    def _drop_trace(self, reason: str, problem: Problem, text: str | None) -> None:
-        self.report.drop(
-            "traces", reason, problem.where, id=problem.id, source=problem.source, text=text
-        )
+    def _drop_trace(
+        self, reason: str, problem: Problem, text: str | None, detail: str = ""
+    ) -> None:
+        about: dict[str, Any] = {"id": problem.id, "source": problem.source, "detail": detail}
+        self.report.drop("traces", reason, problem.where, text=text, **about)
 
 
 def _contaminated(config: DataConfig, is_known: bool) -> str | None:

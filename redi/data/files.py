@@ -1,15 +1,21 @@
-"""Files to rows, in blocks that can be read anywhere: .jsonl (also .gz, .zst), .parquet, .arrow.
+"""Files to rows, in blocks that can be read anywhere: JSON lines, .parquet, .arrow.
 
 A path is a file, a folder, a glob, or a dataset on the Hugging Face Hub. Blocks are the unit of
 `redi data build`: a few megabytes of rows, cut in the same places whoever reads them.
+
+Of a folder, hidden files (editors' and copying programs' own) are never read, files of two splits
+are never read together, and `unread` names what is left.
 """
 
+import codecs
 import glob
 import gzip
 import io
 import json
+import lzma
 import os
 import re
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -20,9 +26,18 @@ from typing import Any
 from redi.errors import RediError
 from redi.files import publish
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow")
+READABLE = ".jsonl or .ndjson (also .gz, .zst, .xz), .parquet, .arrow"
+_LINES = re.compile(r"\.(jsonl|ndjson)(\.(gz|zst|xz))?$", re.IGNORECASE)
+_OTHERS = re.compile(r"\.(parquet|arrow|json)$", re.IGNORECASE)
+# The words by which the Hub's convention tells splits apart, in names of files and folders.
+_SPLITS = {
+    "train": "train", "training": "train", "test": "test", "testing": "test", "valid": "validation",
+    "validation": "validation", "val": "validation", "dev": "validation", "eval": "test",
+}  # fmt: skip
 BLOCK_BYTES = 4 << 20  # of rows, before compression
 _MAX_LINE = 256 << 20  # bytes; longer is no row, and would not fit into memory as one
+_BESIDE_DATA = ("dataset_info.json", "dataset_dict.json", "state.json")
+_BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what damaged files raise
 _HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+?)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.\[\]:%-]+))?")
 
 
@@ -32,6 +47,7 @@ class Block:
     the row groups of a parquet file to read them from."""
 
     file: Path
+    kind: str  # "lines", "json", "parquet" or "arrow"
     name: str  # of the file, for people
     first: int  # lines or rows of the file before this block
     payload: bytes | range
@@ -46,37 +62,101 @@ class Unreadable:
     detail: str = ""  # "Expecting value at column 3"
 
 
-def find_files(path: str | Path) -> list[Path]:
+def find_files(path: str | Path, *, mix_splits: bool = False) -> list[Path]:
     """The data files that `path` (a file, folder, glob or Hub name) means, sorted.
 
     A Hub name is `owner/name`, `owner/name:config`, `owner/name@split` (default: train) or both; it
-    is downloaded by `datasets`. Raises RediError.
+    is downloaded by `datasets`. A folder's .json files are not read: most describe other files.
+    Raises RediError, also for files of several splits, unless `mix_splits`.
     """
     root = Path(path)
     if root.is_file():
-        if not root.name.endswith((*SUFFIXES, ".json")):
-            raise RediError(f"{root}: not a data file; expected one of {', '.join(SUFFIXES)}")
+        if _kind(root) is None:
+            raise RediError(f"{root}: not a data file; expected {READABLE}")
         return [root]
     if is_hub_name(path):
         return _download(str(path))
     if (root / "dataset_dict.json").is_file():
-        splits = json.loads((root / "dataset_dict.json").read_text()).get("splits", [])
+        splits = _read_json(root / "dataset_dict.json").get("splits", [])
         if len(splits) > 1:
             raise RediError(f"{root}: holds the splits {', '.join(splits)}; name the one to read")
-    found = root.rglob("*") if root.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-    files = sorted(p for p in found if p.name.endswith(SUFFIXES) and p.is_file())
-    files = [p for p in files if not (p.suffix == ".arrow" and p.name.startswith("cache-"))]
+    files = [p for p in _found(path) if _kind(p) not in (None, "json") and not _is_cache(p)]
     if not files:
-        what = f"holds no {', '.join(SUFFIXES)} file" if root.is_dir() else "no such file"
-        raise RediError(f"{path}: {what}")
+        what = f"holds no {READABLE} file" if root.is_dir() else "no such file"
+        others = unread(path)
+        raise RediError(f"{path}: {what}" + (f"; it holds {name_some(others)}" if others else ""))
     if {"positives.parquet", "pairs.parquet"} <= {p.name for p in files}:
         raise RediError(f"{path}: both positives.parquet and pairs.parquet; name one of them")
+    # Seen from the folder that holds them all: what it is called itself says nothing here.
+    above = os.path.commonpath([p.parent for p in files])
+    found = {s: p for p in reversed(files) for s in _splits(os.path.relpath(p, above))}
+    if len(found) > 1 and not mix_splits:
+        named = ", ".join(f"{split} ({name_of(found[split], path)})" for split in sorted(found))
+        raise RediError(
+            f"{path}: holds files of the splits {named}; name one file, or a glob of one's files"
+        )
     return files
+
+
+def unread(path: str | Path) -> list[str]:
+    """Names of what lies in the folder (or is matched by the glob) `path` and is not read, but for
+    hidden files and those that `datasets` writes beside its data."""
+    if Path(path).is_file() or is_hub_name(path):
+        return []
+    others = (p for p in _found(path) if _kind(p) in (None, "json") and p.name not in _BESIDE_DATA)
+    return [name_of(p, path) for p in others]
+
+
+def name_some(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _found(path: str | Path) -> list[Path]:
+    """All files of a folder or glob, but hidden ones and those in hidden folders."""
+    root = Path(path)
+    if root.is_dir():
+        inside = ((p, p.relative_to(root).parts) for p in root.rglob("*"))
+        found = [p for p, parts in inside if not any(part.startswith(".") for part in parts)]
+    else:  # `*` matches no hidden name; who writes the dot means it
+        found = [Path(p) for p in glob.glob(str(path), recursive=True)]
+    return sorted(p for p in found if p.is_file())
+
+
+def _kind(file: Path) -> str | None:
+    if _LINES.search(file.name):
+        return "lines"
+    other = _OTHERS.search(file.name)
+    return other[1].lower() if other else None
+
+
+def _is_cache(file: Path) -> bool:
+    """Whether `Dataset.map` has left it beside a saved dataset."""
+    return file.name.startswith("cache-") and _kind(file) == "arrow"
+
+
+def _splits(name: str) -> set[str]:
+    """The split that the file's name, or else one of its folders', says; at most one."""
+    for part in reversed(Path(name).parts):
+        said = {_SPLITS[word] for word in re.split(r"[^a-z]+", part.lower()) if word in _SPLITS}
+        if said:
+            return {min(said)}
+    return set()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise RediError(f"{file}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise RediError(f"{file}: not an object with named fields: {kind_of(content)}")
+    return content
 
 
 def is_hub_name(path: str | Path) -> bool:
     text = str(path)
-    is_name = _HUB.fullmatch(text) and not text.endswith((*SUFFIXES, ".json"))
+    is_name = _HUB.fullmatch(text) and _kind(Path(text)) is None
     return bool(is_name) and not Path(path).exists()
 
 
@@ -88,13 +168,18 @@ def name_of(file: Path, path: str | Path) -> str:
     return file.name if file == root or is_hub_name(path) else str(file)
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(
+    path: str | Path, *, mix_splits: bool = False
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (where, row) over all files of `path`; `where` is "name.jsonl line 12", from 1, and
     unique within the call.
 
     Raises RediError for a missing file, a line that is not a JSON object, a broken archive.
     """
-    for file in find_files(path):
+    files, others = find_files(path, mix_splits=mix_splits), unread(path)
+    if others:
+        warnings.warn(f"{path}: not read: {name_some(others)}", stacklevel=2)
+    for file in files:
         for block in blocks(file, name_of(file, path)):
             for where, row in read_block(block):
                 if isinstance(row, Unreadable):
@@ -108,15 +193,17 @@ def blocks(file: Path, name: str) -> Iterator[Block]:
     """The blocks of one file, in order. Raises RediError if the file is broken."""
     import pyarrow as pa
 
-    kind = file.suffix
-    cut = {".parquet": _cut_parquet, ".arrow": _cut_arrow, ".json": _cut_json}.get(kind, _cut_lines)
+    kind = _kind(file) or "lines"
+    if kind == "json" and _holds_lines(file):
+        kind = "lines"
+    cuts = {"parquet": _cut_parquet, "arrow": _cut_arrow, "json": _cut_json, "lines": _cut_lines}
     first = 0
     try:
-        for payload, rows, size in cut(file):
-            yield Block(file, name, first, payload, size)
+        for payload, rows, size in cuts[kind](file):
+            yield Block(file, kind, name, first, payload, size)
             first += rows
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
-        unit = "line" if kind in (".jsonl", ".gz", ".zst") else "row"
+    except _BROKEN + (pa.ArrowException,) as error:
+        unit = "line" if kind == "lines" else "row"
         raise RediError(f"{file} after {unit} {first}: cannot be read: {error}") from None
 
 
@@ -124,7 +211,8 @@ def read_block(block: Block) -> Iterator[tuple[str, dict[str, Any] | Unreadable]
     """Yields (where, row) for every row of the block. Raises RediError if the file is broken."""
     import pyarrow as pa
 
-    if isinstance(block.payload, bytes) and block.file.suffix not in (".arrow", ".json"):
+    if block.kind == "lines":
+        assert isinstance(block.payload, bytes)
         for number, line in enumerate(io.BytesIO(block.payload), block.first + 1):
             if line.strip():
                 yield f"{block.name} line {number}", _parse(line)
@@ -148,9 +236,12 @@ def _cut_lines(file: Path) -> Cut:
     with ExitStack() as stack:
         raw = stack.enter_context(file.open("rb"))
         lines: Any = raw
-        if file.suffix == ".gz":
+        archive = file.suffix.lower()
+        if archive == ".gz":
             lines = stack.enter_context(gzip.GzipFile(fileobj=raw))
-        elif file.suffix == ".zst":
+        elif archive == ".xz":
+            lines = stack.enter_context(lzma.LZMAFile(raw))
+        elif archive == ".zst":
             stream = pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd")
             lines = stack.enter_context(io.BufferedReader(stream))
         held: list[bytes] = []
@@ -159,12 +250,14 @@ def _cut_lines(file: Path) -> Cut:
             while line := lines.readline(_MAX_LINE):
                 if len(line) == _MAX_LINE:
                     raise OSError(f"a line of more than {_MAX_LINE >> 20} MiB")
+                if not size and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    raise OSError("UTF-16 text; save it as UTF-8")
                 held.append(line)
                 size += len(line)
                 if size >= BLOCK_BYTES:
                     yield b"".join(held), len(held), raw.tell() - start
                     held, size, start = [], 0, raw.tell()
-        except (OSError, EOFError, zlib.error):
+        except _BROKEN:
             if held:  # the rows before it are good
                 yield b"".join(held), len(held), raw.tell() - start
             raise
@@ -221,6 +314,18 @@ def _arrow_batches(file: Path) -> Iterator[tuple[Any, int]]:
                 start = raw.tell()
 
 
+def _holds_lines(file: Path) -> bool:
+    """Whether a .json file is JSON lines, as many are: its first line is an object by itself, and
+    is not the whole file."""
+    with file.open("rb") as lines:
+        first = lines.readline(_MAX_LINE)
+        try:
+            is_object = isinstance(json.loads(first), dict)
+        except (ValueError, RecursionError):
+            return False
+        return is_object and bool(lines.readline(_MAX_LINE).strip())
+
+
 def _cut_json(file: Path) -> Cut:
     """One list of objects; for evaluation sets, which come so, and fit into memory."""
     text = file.read_bytes()
@@ -238,7 +343,7 @@ def _batches(block: Block) -> Iterator[list[dict[str, Any] | Unreadable]]:
             size = min(max(BLOCK_BYTES // max(mean, 1), 1), 256)
             for batch in table.iter_batches(size, row_groups=list(block.payload)):
                 yield _rows_of(batch)
-    elif block.file.suffix == ".json":
+    elif block.kind == "json":
         rows = _parse(block.payload, kind=list)
         yield rows if isinstance(rows, list) else [rows]
     else:

@@ -27,7 +27,7 @@ class Overlap:
         """Takes in evaluation sets. Raises RediError for a path or row that cannot be read."""
         for path in paths:
             self.sets[path] = 0
-            for where, row in read_rows(path):
+            for where, row in read_rows(path, mix_splits=True):
                 at, text = (path, self.sets[path]), text_of(problem_of(row, where))
                 self.sets[path] += 1
                 self.texts[at] = shorten(text)

@@ -15,7 +15,12 @@ Message: TypeAlias = dict[str, str]  # {"role": ..., "content": ...}
 Prompt: TypeAlias = str | list[Message]  # plain text, or chat messages for the tokenizer's template
 
 PROBLEM_COLUMNS = ("problem", "prompt", "question")
-READY_COLUMNS = ("chosen", "rejected", "completion", "messages")
+READY_COLUMNS = ("chosen", "rejected", "completion", "messages", "conversations")
+# ShareGPT's words, which many reasoning sets use, and those of chat templates.
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+# Columns that hold traces under names that say nothing of right and wrong (s1K's and others).
+TRACE_COLUMNS = ("generation", "response", "output", "solution", "trajectory", "trajectories",
+                 "thinking", "reasoning", "attempt")  # fmt: skip
 # Where each judge's verdicts stand: inside `correctness` (OpenR1-Math-Raw) or flat (-220k, plain).
 JUDGE_COLUMNS = {
     "llama": ("llama_verification", "correctness_llama"),
@@ -128,7 +133,11 @@ def to_example(row: dict[str, Any], where: str) -> Example:
         label = row.get("label", True)
         if label not in (True, False):  # also 1 and 0
             raise RediError(f"{where}: `label` is {label!r}; expected true or false")
-        sides = {"chosen" if label else "rejected": _conversation(row[column], where, column)}
+        messages = _conversation(row[column], where, column)
+        system = row.get("system") if column == "conversations" else None  # as OpenThoughts has it
+        if messages and isinstance(system, str) and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        sides = {"chosen" if label else "rejected": messages}
     given = {key: messages for key, messages in sides.items() if messages is not None}
     if not given:
         raise RediError(f"{where}: `{column}` is null; a row needs at least one completion")
@@ -213,6 +222,7 @@ def _messages(value: Any, where: str, name: str) -> list[Message]:
         raise RediError(
             f"{where}: `{name}` is {kind_of(value)}; expected text or a list of messages"
         )
+    value = [_from_sharegpt(message) for message in value]
     for i, message in enumerate(value):
         if not isinstance(message, dict) or not all(
             isinstance(message.get(key), str) for key in ("role", "content")
@@ -226,15 +236,32 @@ def _messages(value: Any, where: str, name: str) -> list[Message]:
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
+def _from_sharegpt(message: Any) -> Any:
+    """`from` and `value` under the names that chat templates know; anything else as it is."""
+    if not isinstance(message, dict) or not {"from", "value"} <= message.keys():
+        return message
+    role = message["from"]
+    more = {k: v for k, v in message.items() if k not in ("from", "value")}
+    return {"role": SHAREGPT_ROLES.get(role, role), "content": message["value"]} | more
+
+
 def _column(row: dict[str, Any], where: str, *names: str) -> str:
     """The first of `names` that is a column of the row. Raises RediError with the nearest name."""
     for name in names:
         if name in row:
             return name
-    near = next((n for name in names for n in difflib.get_close_matches(name, row, n=1)), None)
+    close = (n for name in names for n in difflib.get_close_matches(name, row, 1, cutoff=0.8))
+    near = next(close, None)
+    hint = f" (is `{near}` meant?)" if near else ""
+    traces = [n for n in row if any(part in TRACE_COLUMNS for part in n.lower().split("_"))]
+    if "generations" in names and traces and not near:
+        hint = (
+            f"; if `{'`, `'.join(traces)}` hold the traces, put each problem's into one list "
+            "`generations`, <think>...</think> before the answer (docs/data.md)"
+        )
     raise MissingColumn(
         f"{where}: no column {' or '.join(f'`{name}`' for name in names)}; columns found: "
-        f"{', '.join(row) or 'none'}" + (f" (is `{near}` meant?)" if near else "")
+        f"{', '.join(row) or 'none'}{hint}"
     )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from redi.errors import RediError
+
 MAX_EXAMPLES = 3  # shown for each reason and each evaluation set
 _BINS = 4  # histogram bins for each doubling of the length
 
@@ -21,7 +23,8 @@ class BuildReport:
     traces of a dropped row are among the traces dropped.
 
     counts           rows read; traces read, correct, incorrect, kept; positives, pairs (written)
-    dropped_rows     reason: {"count", "first": where it struck first}
+    dropped_rows     reason: {"count", "first": where it struck first, "detail": what was wrong
+                     there, of rows and traces that could not be used at all}
     dropped_traces   the same of traces
     examples         {"rows" or "traces": {reason: [{"where", "id", "source", "excerpt"}]}}: the
                      first few of each reason; `excerpt` is the problem's text for rows, the trace's
@@ -39,6 +42,7 @@ class BuildReport:
                      ones included), "problems shared": indices of the problems met, "examples":
                      [{"where", "id", "excerpt", "evaluation": the problem met}]}}
     files            [{"name", "bytes", "sha256"}] of the input
+    unread           names of the input folder's other files
     fingerprint      of files, tokenizer, template and options: what the output depends on
     config           the options, without num_workers
     """
@@ -55,12 +59,17 @@ class BuildReport:
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
     overlap: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: list[dict[str, Any]] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
     fingerprint: str = ""
     config: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, file: Path) -> "BuildReport":
-        return cls(**json.loads(file.read_text(encoding="utf-8")))
+        """Raises RediError for a file that no build has written."""
+        try:
+            return cls(**json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise RediError(f"{file}: not a report of redi data build ({error})") from None
 
     def json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
@@ -82,10 +91,14 @@ class BuildReport:
         id: str = "",
         source: str | None = None,
         text: str | None = "",
+        detail: str = "",
     ) -> None:
-        """Counts `number` "rows" or "traces" dropped for `reason`; keeps the first as examples."""
+        """Counts `number` "rows" or "traces" dropped for `reason`; keeps the first as examples.
+        `detail` names row, field and value of what could not be used."""
         dropped = self.dropped_rows if what == "rows" else self.dropped_traces
-        entry = dropped.setdefault(reason, {"count": 0, "first": where})
+        entry = dropped.setdefault(
+            reason, {"count": 0, "first": where} | ({"detail": detail} if detail else {})
+        )
         entry["count"] += number
         examples = self.examples[what].setdefault(reason, [])
         if len(examples) < MAX_EXAMPLES:
@@ -153,7 +166,8 @@ class BuildReport:
             lines += ["", f"{title} dropped" if dropped else f"no {title} dropped"]
             for reason, entry in dropped.items():
                 name = f"  {reason}"
-                lines.append(f"{name:<{width}}{entry['count']:>12,}  first: {entry['first']}")
+                first = entry.get("detail") or entry["first"]
+                lines.append(f"{name:<{width}}{entry['count']:>12,}  first: {first}")
         columns = ("mean", "median", "p95", "max")
         title = f"length in {self.length_unit}"
         lines += ["", f"{title:<{width}}" + "".join(f"{column:>12}" for column in columns)]
@@ -167,7 +181,20 @@ class BuildReport:
                 f"{met['problems']:,} problems; {met['rows shared']:,} rows share 8 words in a "
                 f"row with one, {met['rows exact']:,} pose one word for word",
             ]
+        if self.unread:
+            lines += ["", f"not read: {', '.join(self.unread)}"]
         return "\n".join(lines)
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether not one row, or not one trace, could be used at all."""
+        for dropped, read in (
+            (self.dropped_rows, self.counts.get("rows read", 0)),
+            (self.dropped_traces, self.counts.get("traces read", 0)),
+        ):
+            if read and read == sum(e["count"] for e in dropped.values() if "detail" in e):
+                return True
+        return False
 
 
 def bin_of(length: int) -> int:

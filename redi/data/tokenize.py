@@ -4,11 +4,12 @@ The mask is a position: a trace is prompt ids, completion ids, stop id, and ever
 `num_prompt_tokens` on is trained, the stop token included. Pad ids play no part in it.
 """
 
+import copy
 import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from redi.data.read import Example, Message, Prompt
 from redi.errors import RediError
 
+_MOST_CHARACTERS = 16  # of a token, nearly always; real text has 3 to 5
 _CHUNK = 500  # examples per tokenizer call: enough for its threads, little enough for memory
 _PROBE = "probe 4711"
 _THINK = {"<think>", "</think>"}  # traces hold them
@@ -24,6 +26,8 @@ _WORDS = re.compile(r"[\w\s]*")  # no mark of a turn, though somebody made a tok
 # Put before a template that asks for the date: the same tokens on every day. A clock given as a
 # keyword does not reach the template, transformers makes plain data of those.
 _PINNED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
+_CLOSED = re.compile(r"</think>\s*\Z")  # and what they end it with when they are not to think
+_GENERATION_MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 _OPENED = re.compile(r"<think>\s*\Z")  # what templates of reasoning models end the prompt with
 
 
@@ -64,7 +68,8 @@ class ChatFormat:
     turn, nor shift the mask. Templates that write the date write the same one every day.
 
     Where the template's generation prompt opens a think block, completions must open it in the same
-    words, which then belong to the prompt.
+    words, which then belong to the prompt, or be already inside it. Where it closes one, they must
+    not hold another.
 
     `stop_token_id` ends a chat completion: the first special token that the template writes after
     the assistant's text, else eos. `eos_token_ids` is what generation should stop at.
@@ -128,13 +133,23 @@ class ChatFormat:
     def _render_after(self, before: str, prompt: Prompt, completion: str) -> str:
         if isinstance(prompt, str):
             return completion
+        thinks = "</think>" in completion
         opened = _OPENED.search(before)
         if opened:
             if completion.startswith(opened[0]):
                 return completion[len(opened[0]) :]
+            if thinks and "<think>" not in completion:  # what a server that opened it sends
+                return completion
             raise RediError(
                 f"the chat template opens the answer with {opened[0]!r}, but this one begins with "
                 f"{completion[:40]!r}; set a chat_template that does not, or write it into the data"
+            )
+        if thinks and _CLOSED.search(before):
+            raise RediError(
+                f"the chat template ends the prompt with {before[-30:]!r}, after which a trace "
+                "with thoughts would be a second think block; set the template's switch "
+                "(chat_template_kwargs: {enable_thinking: true}, or thinking), or another "
+                "chat_template"
             )
         turn = self._render([*prompt, _assistant(completion)])
         if not turn.startswith(before):
@@ -146,7 +161,7 @@ class ChatFormat:
             )
         text = turn[len(before) :].removesuffix(self.suffix)
         if text.strip() != completion.strip() or not turn.endswith(self.suffix):
-            if "</think>" in completion:
+            if thinks and self._begins_the_turn(before, prompt):
                 return completion
             raise RediError(
                 "the chat template rewrites the assistant's text (templates that remove or add "
@@ -154,6 +169,13 @@ class ChatFormat:
                 f"for {completion[:60]!r}...; set a chat_template that writes the text as it is"
             )
         return text
+
+    def _begins_the_turn(self, before: str, prompt: list[Message]) -> bool:
+        """Whether the assistant's text stands right after the generation prompt. Some templates
+        write more there (gpt-oss its channel), without which a trace would not be what the model
+        reads; with thoughts in the trace, which templates take out, only other text shows it."""
+        turn = self._render([*prompt, _assistant(_PROBE)])
+        return turn[len(before) :].lstrip().startswith(_PROBE)
 
     def encode_prompt(self, prompt: Prompt, prefix: str = "") -> list[int]:
         """Ids that generation starts from; the same ids open the trace in training.
@@ -186,6 +208,16 @@ class ChatFormat:
                 stop = self.eos_token_ids[-1]
             encoded.append(([*prompt_ids, *ids, stop], len(prompt_ids)))
         return encoded
+
+    def is_far_longer(self, prompt: Prompt, completion: str, limit: int) -> bool:
+        """Whether a text has so many characters that its beginning alone tells that it has more
+        than `limit` tokens. Tokenizing 20 MB to find that out takes a minute and gigabytes."""
+        turns = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+        heads = [
+            t[:size] for t in (*turns, completion) if len(t) > (size := _MOST_CHARACTERS * limit)
+        ]
+        # twice: where the text is cut, the tokens of a word may be others
+        return any(len(ids) > 2 * limit for ids in self._ids(heads))
 
     def count_apart(self, messages: Prompt) -> int:
         """Tokens of `messages` templated by themselves, and one: how the paper measures prompts and
@@ -250,7 +282,52 @@ class ChatFormat:
             raise RediError(f"the chat template refuses messages of {roles}: {error}") from None
 
     def _ids(self, texts: list[str], **kwargs: Any) -> list[list[int]]:
+        if not texts:  # which the tokenizer refuses
+            return []
         return self.tokenizer(texts, add_special_tokens=False, verbose=False, **kwargs)["input_ids"]
+
+
+def with_template_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> Any:
+    """The tokenizer with values for its chat template's switches (`enable_thinking`, ...).
+
+    They become the template's own defaults, so that an exported model is prompted as it was
+    trained, by whoever serves it; a value given at the call still wins. Raises RediError for a name
+    that no template has, and where there is no template.
+    """
+    if not arguments:
+        return tokenizer
+    template = tokenizer.chat_template
+    if not isinstance(template, str):
+        raise RediError("chat_template_kwargs: the tokenizer has no chat template to give them to")
+    lines = []
+    for name, value in arguments.items():
+        if name not in _switches(template):
+            raise RediError(f"chat_template_kwargs: the chat template does not know {name!r}")
+        lines.append(f"{{%- set {name} = {name} if {name} is defined else {_literal(value)} -%}}\n")
+    changed = copy.copy(tokenizer)
+    changed.chat_template = "".join(lines) + template
+    return changed
+
+
+def _switches(template: str) -> set[str]:
+    """The names that a template takes from its caller."""
+    from jinja2 import Environment, TemplateError
+    from jinja2.meta import find_undeclared_variables
+
+    plain = _GENERATION_MARKS.sub("", template)  # transformers' own, which plain Jinja refuses
+    try:
+        return find_undeclared_variables(
+            Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+        )
+    except TemplateError as error:
+        raise RediError(f"chat_template_kwargs: the chat template is not valid: {error}") from None
+
+
+def _literal(value: Any) -> str:
+    """As Jinja writes it."""
+    if value is None:
+        return "none"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def digest_tokenizer(tokenizer: Any) -> str:
@@ -279,9 +356,13 @@ def tokenize_examples(
     result = Tokenized([], [], [])
     for start in range(0, len(examples), _CHUNK):
         chunk = examples[start : start + _CHUNK]
-        encoded = iter(_encode(chat, chunk))
+        huge = {id(e) for e in chunk if _is_huge(chat, e, max_length)}
+        encoded = iter(_encode(chat, [e for e in chunk if id(e) not in huge]))
         for i, example in enumerate(chunk, start):
             traces, reason = [], None
+            if id(example) in huge:
+                result.dropped.append(Dropped(example.id, f"longer than max_length {max_length}"))
+                continue
             for is_chosen, text in example.sides:
                 ids, num_prompt_tokens = next(encoded)
                 ids_T = np.array(ids, dtype=np.int32)
@@ -303,6 +384,13 @@ def tokenize_examples(
             + "; ".join(f"{count} {reason}" for reason, count in counts.most_common())
         )
     return result
+
+
+def _is_huge(chat: ChatFormat, example: Example, max_length: int | None) -> bool:
+    texts = (text for _, text in example.sides)
+    return bool(max_length) and any(
+        chat.is_far_longer(example.prompt, text, max_length or 0) for text in texts
+    )
 
 
 def _encode(chat: ChatFormat, examples: Sequence[Example]) -> list[tuple[list[int], int]]:

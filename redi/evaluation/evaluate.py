@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ import numpy as np
 
 from redi import preflight
 from redi.config import EvalConfig
+from redi.data.files import name_some
 from redi.data.read import Example, Prompt, make_prompt, read_examples
 from redi.data.verify import grading_rules
 from redi.errors import RediError
@@ -59,6 +61,7 @@ LATER_FIELDS = {
     "answer_prefix": "",
     "engine": "transformers",
     "api": "chat",
+    "chat_template_kwargs": {},
 }
 
 
@@ -163,10 +166,10 @@ def _sample(
     runs out at once if it does, and prompts of one length side by side."""
     import torch
 
-    from redi.data.tokenize import ChatFormat
+    from redi.data.tokenize import ChatFormat, with_template_arguments
     from redi.evaluation.generate import generate
 
-    chat = ChatFormat(tokenizer)
+    chat = ChatFormat(with_template_arguments(tokenizer, config.chat_template_kwargs))
     has_template = bool(tokenizer.chat_template)
     posed = [_pose(question.problem, config, has_template) for question in questions]
     prompts = [chat.encode_prompt(prompt, config.answer_prefix) for prompt in posed]
@@ -210,10 +213,11 @@ def _sample(
 def _sample_served(model: str, questions: list[Question], config: EvalConfig, file: Path) -> None:
     """Appends the samples that `file` lacks, in the order in which the server answers.
 
-    A sample that it does not answer is missing, never wrong. Raises RediError if any is missing in
-    the end, or once three in a row are.
+    A sample that it does not answer is missing, never wrong: raises RediError if any is in the end,
+    or once three in a row are. One that it refuses (a problem too long for it, say) is named and
+    counts as not solved, once all others are there; where it takes none at all, RediError.
     """
-    from redi.evaluation.served import Client, Unanswered
+    from redi.evaluation.served import Client, Refused, Unanswered
 
     done = _keep_whole_lines(file)
     requests = [
@@ -224,6 +228,8 @@ def _sample_served(model: str, questions: list[Question], config: EvalConfig, fi
     ]
     missing, in_a_row, last = len(requests), 0, ""
     total = len(questions) * config.num_samples
+    refused: dict[tuple[int, int], str] = {}
+    odd: Counter[str] = Counter()
     with (
         _progress("samples", total, len(done)) as advance,
         make_verifier(config) as verifier,
@@ -238,19 +244,46 @@ def _sample_served(model: str, questions: list[Question], config: EvalConfig, fi
             _keep(rows, questions, verifier, output)
             advance(len(rows))
             missing -= len(rows)
-            for _, got in batch:
+            for item, got in batch:
                 if isinstance(got, Unanswered):
                     in_a_row, last = in_a_row + 1, str(got)
+                elif isinstance(got, Refused):
+                    refused[item] = str(got)
                 elif isinstance(got, Exception):
                     raise got
                 else:
                     in_a_row = 0
-            if in_a_row >= 3:
+                    odd.update([got.odd_ending] if got.odd_ending else [])
+            takes_none = len(refused) >= 3 and total - missing == 0
+            if in_a_row >= 3 or takes_none:
                 break
-    if missing:
-        raise RediError(
-            f"{missing} of {total} samples have no answer after {config.max_retries} retries each "
-            f"({last}); the other {total - missing} are kept: run again when the server is well"
+        _tell_endings(odd)
+        missing -= len(refused)
+        if refused and total - missing == len(refused):
+            raise RediError(f"the server takes no request: {next(iter(refused.values()))}")
+        if missing:
+            raise RediError(
+                f"{missing} of {total} samples have no answer after {config.max_retries} retries "
+                f"each ({last}); the other {total - missing - len(refused)} are kept: run again "
+                "when the server is well"
+            )
+        rows = [_row(questions, item, "", False, None, "refused") for item in sorted(refused)]
+        _keep(rows, questions, verifier, output)
+    if refused:
+        names = dict.fromkeys(questions[problem].id for problem, _ in sorted(refused))
+        print(
+            f"WARNING: the server refuses {len(refused)} of {total} samples, which count as not "
+            f"solved: {name_some(list(names))} ({next(iter(refused.values()))})",
+            file=sys.stderr,
+        )
+
+
+def _tell_endings(odd: "Counter[str]") -> None:
+    for reason, count in sorted(odd.items()):
+        print(
+            f"WARNING: {count} answers end with finish_reason {reason}, which redi does not know: "
+            "taken as finished, not as cut off",
+            file=sys.stderr,
         )
 
 
@@ -264,6 +297,8 @@ def _request(
         "max_tokens": config.max_new_tokens,
         "seed": int(np.random.default_rng([config.seed, *item]).integers(2**31)),
     }
+    if config.chat_template_kwargs:  # as vLLM and SGLang take them
+        body["chat_template_kwargs"] = config.chat_template_kwargs
     posed = _pose(problem, config, config.api == "chat")
     if config.api == "completions":
         if not isinstance(posed, str):
@@ -305,7 +340,12 @@ def _uniforms(config: EvalConfig, batch: list[tuple[int, int]]) -> Any:
 
 
 def _row(
-    questions: list[Question], item: tuple[int, int], text: str, finished: bool, num_tokens: int
+    questions: list[Question],
+    item: tuple[int, int],
+    text: str,
+    finished: bool,
+    num_tokens: int | None,
+    verdict: str = "wrong",
 ) -> dict[str, Any]:
     problem, sample = item
     return {
@@ -313,7 +353,7 @@ def _row(
         "id": questions[problem].id,
         "sample": sample,
         "text": text,
-        "verdict": "wrong",
+        "verdict": verdict,
         "finished": finished,
         "num_tokens": num_tokens,
     }

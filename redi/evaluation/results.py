@@ -15,12 +15,12 @@ from redi.errors import RediError
 
 # Student's t, 97.5% quantile, of 1, 2, ... degrees of freedom.
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-VERDICTS = ("correct", "wrong", "unparsable", "timeout")
+VERDICTS = ("correct", "wrong", "unparsable", "timeout", "refused")  # the last: by the server
 Metric = Literal["pass@1", "gap"]
 # What moves a score besides the model: of evaluation.json, its recipe included.
 SETTINGS = (
     *("rules", "grader", "temperature", "top_p", "max_new_tokens"),
-    *("system_prompt", "prompt_template", "answer_prefix"),
+    *("system_prompt", "prompt_template", "answer_prefix", "chat_template_kwargs"),
 )
 
 
@@ -54,7 +54,7 @@ class EvalResult:
     problem_ids: tuple[str, ...]
     verdict_PN: np.ndarray  # of VERDICTS
     finished_PN: np.ndarray  # bool; an unfinished sample is wrong
-    num_tokens_PN: np.ndarray  # int64; stop token included
+    num_tokens_PN: np.ndarray  # float64; stop token included; NaN where a server did not count
     pairs: PairScores | None = None
     group_PN: np.ndarray | None = None  # int: samples with one answer; 0 right, -1 no answer
     settings: Mapping[str, Any] = field(default_factory=dict)  # those of SETTINGS
@@ -66,6 +66,11 @@ class EvalResult:
     @property
     def pass_at_1(self) -> float:
         return float(self.correct_PN.mean())
+
+    @property
+    def mean_tokens(self) -> float | None:
+        known = self.num_tokens_PN[~np.isnan(self.num_tokens_PN)]
+        return float(known.mean()) if len(known) else None
 
     @property
     def sem(self) -> float | None:
@@ -115,8 +120,8 @@ class EvalResult:
             **{f"pass@{k}": self.pass_at(k) for k in ks},
             **({} if self.group_PN is None else {f"majority@{k}": self.majority_at(k) for k in ks}),
             "unfinished": float(1 - self.finished_PN.mean()),
-            "mean_tokens": float(self.num_tokens_PN.mean()),
-            "verdicts": {verdict: counts[verdict] for verdict in VERDICTS},
+            "mean_tokens": self.mean_tokens,
+            "verdicts": {v: counts[v] for v in VERDICTS if counts[v] or v != "refused"},
         }
         if self.pairs is not None:
             gap = bootstrap(self.pairs.gap_P)
@@ -258,6 +263,9 @@ def read_result(folder: Path, model: str) -> EvalResult:
     settings = {}
     if (file := folder / "evaluation.json").exists():
         found = json.loads(file.read_text(encoding="utf-8"))
-        settings = {key: (found | found.get("config", {})).get(key) for key in SETTINGS}
+        found |= found.get("config", {})
+        settings = {key: found.get(key) for key in SETTINGS}
+        settings["chat_template_kwargs"] = settings["chat_template_kwargs"] or None
     verdicts, finished, num_tokens = map(column, ("verdict", "finished", "num_tokens"))
+    num_tokens = num_tokens.astype(np.float64)  # None becomes NaN
     return EvalResult(model, ids, verdicts, finished, num_tokens, pairs, groups, settings)

@@ -1,6 +1,7 @@
 """Raw rows, and what `redi data build` makes of them."""
 
 import json
+import shutil
 
 from redi.config import DataConfig
 from redi.data.build import build
@@ -22,7 +23,7 @@ def write(folder, rows, name="raw.jsonl"):
 def run(folder, rows, tokenizer=None, duplicates="keep", anew=True, **config):
     """The problems are all the same one; a build that is there goes first."""
     if anew:
-        (folder / "out" / "report.json").unlink(missing_ok=True)
+        shutil.rmtree(folder / "out", ignore_errors=True)
     config = {"num_workers": 1, "duplicates": duplicates} | config
     config = DataConfig(path=str(write(folder, rows)), **config)
     return build(config, folder / "out", tokenizer=tokenizer)

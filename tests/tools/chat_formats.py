@@ -35,6 +35,20 @@ R1 = (
 STRIPS_REASONING = CHATML.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] }}")
 # The generation prompt opens a think block that the rendered turn does not have.
 OPENS_THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+# gpt-oss's way: the assistant's turn names a channel, which the generation prompt leaves open.
+CHANNELS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}{% if m['role'] == 'assistant' %}"
+    "<|channel|>final{% endif %}\n{{ m['content'].split('</think>')[-1] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+# DeepSeek-V3.1's and EXAONE 4's way: without thinking, the generation prompt closes the thoughts.
+SWITCHED = (
+    "{% if thinking is not defined %}{% set thinking = false %}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "<think>\n\n</think>\n\n{% endif %}{{ m['content'].split('</think>')[-1] | trim }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if thinking %}<think>\n{% else %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
 
 
 def byte_tokenizer(

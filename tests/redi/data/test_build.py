@@ -285,7 +285,7 @@ def test_template_that_cannot_carry_a_row_is_an_error_that_names_it(tmp_path):
         run(tmp_path, [raw(["####2", "####3"])], tokenizer)
 
 
-def test_no_pairs_left_says_why_and_leaves_nothing(tmp_path):
+def test_no_pairs_left_says_why_and_leaves_a_report(tmp_path):
     with pytest.raises(
         RediError,
         match=r"no pairs left of 3 rows: 2 verdicts and generations differ in number "
@@ -295,11 +295,71 @@ def test_no_pairs_left_says_why_and_leaves_nothing(tmp_path):
             tmp_path,
             [raw(["####2"] * 2), *[raw(["####2", "####3"], verdicts=[True])] * 2],
         )
-    with pytest.raises(RediError, match=r"raw.jsonl line 2: no column"):
-        run(tmp_path, [raw(["####2", "####3"]), {"problem": "1+1?"}])
+    assert "2  first: raw.jsonl line 2" in (tmp_path / "out" / "failed-report.txt").read_text()
+    every = [{"problem": "1+1?"}, raw([1])]
+    message = r"line 1: no column `generations`.*line 2: `generations\[0\]` is a number.*\.txt"
+    with pytest.raises(RediError, match=message):
+        run(tmp_path, every)
+    run(tmp_path, [raw(["####2", "####3"])], anew=False)  # a later success takes the report away
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == OUTPUTS
     with pytest.raises(RediError, match=r"raw.jsonl: no rows"):
         run(tmp_path, [])
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_one_generation_each_are_told_to_be_gathered(tmp_path):
+    with pytest.raises(RediError, match=r"no pairs left of 2 rows: .*put the generations of a"):
+        run(tmp_path, [raw(["####3"]), raw(["####4"])])
+
+
+def test_a_row_without_its_columns_is_a_counted_drop(tmp_path):
+    lone = {"messages": json.dumps([ASSISTANT])}
+    report = run(tmp_path, [raw(["####2", "####3"]), {"problem": "1+1?"}, lone])
+    assert report.counts["pairs"] == 1
+    assert report.dropped_rows["a column is missing"]["count"] == 2
+
+
+def test_a_trace_that_the_template_cannot_carry_is_a_counted_drop(tmp_path):
+    """The other traces of its problem stay."""
+    tokenizer = byte_tokenizer(OPENS_THINKING, eos_token="</s>")
+    good, other = "<think>\nso </think> ####2", "<think>\nno </think> ####3"
+    rows = [raw(["<think>so </think> ####2", good, other]), raw(["<think>so </think> ####2"])]
+    report = run(tmp_path, rows, tokenizer=tokenizer)
+    [reason] = [r for r in report.dropped_traces if "cannot carry" in r]
+    assert report.dropped_traces[reason]["count"] == 2
+    assert "raw.jsonl line 1: the chat template opens" in report.dropped_traces[reason]["detail"]
+    assert texts(tmp_path, "pairs") == [(good, other)]
+
+
+def test_input_that_is_of_no_use_is_not_read_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "BLOCK_BYTES", 1 << 12)
+    with pytest.raises(RediError, match=r"no pairs left of 1\d\d\d rows"):
+        run(tmp_path, [{"probem": "1+1?", "answer": "2"}] * 5000)
+
+
+def test_files_of_others_are_not_overwritten(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "pairs.parquet").write_text("mine")
+    with pytest.raises(RediError, match=r"holds pairs.parquet, which this build has not written"):
+        run(tmp_path, [raw(["####2", "####3"])], anew=False)
+    assert [(f.name, f.read_text()) for f in out.iterdir()] == [("pairs.parquet", "mine")]
+
+
+def test_a_huge_trace_is_dropped_before_it_is_tokenized(tmp_path, monkeypatch):
+    tokenizer, sizes, ids = chatml(), [], ChatFormat._ids
+
+    def counted(self, texts, **kwargs):
+        sizes.extend(map(len, texts))
+        return ids(self, texts, **kwargs)
+
+    monkeypatch.setattr(ChatFormat, "_ids", counted)
+    huge = "so 1 + 1 " * 20000 + "####3"
+    rows = [raw(["####2", huge, "####4"])]
+    report = run(tmp_path, rows, tokenizer=tokenizer, max_length=100)
+    assert texts(tmp_path, "pairs") == [("####2", "####4")]
+    assert report.dropped_traces["longer than max_length 100"]["count"] == 1
+    assert max(sizes) <= 16 * 100
 
 
 def test_duplicates_keep_the_first(tmp_path):
@@ -460,12 +520,14 @@ def test_rows_that_cannot_be_read_are_dropped(tmp_path):
     good = file.read_bytes()
     file.write_bytes(b'{"problem": "\xff"}\n{"problem\n' + good + json.dumps(raw([1])).encode())
     report = build(DataConfig(path=str(file)), tmp_path / "out")
-    first = {"count": 1, "first": "raw.jsonl line 1"}
     assert report.counts["rows read"] == 4 and report.counts["pairs"] == 1
-    assert report.dropped_rows == {
-        "not UTF-8 text": first,
-        "not JSON": first | {"first": "raw.jsonl line 2"},
-        "a field of the wrong kind": first | {"first": "raw.jsonl line 4"},
+    dropped = {reason: (e["count"], e["first"]) for reason, e in report.dropped_rows.items()}
+    assert dropped == {
+        "not UTF-8 text": (1, "raw.jsonl line 1"),
+        "not JSON": (1, "raw.jsonl line 2"),
+        "a field of the wrong kind": (1, "raw.jsonl line 4"),
     }
+    detail = report.dropped_rows["not UTF-8 text"]["detail"]
+    assert detail == "raw.jsonl line 1: not UTF-8 text: invalid start byte at byte 13"
     [example] = report.examples["rows"]["a field of the wrong kind"]
     assert "`generations[0]` is a number ('1'); expected text" in example["excerpt"]

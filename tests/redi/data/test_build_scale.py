@@ -226,7 +226,6 @@ def test_full_disk_leaves_what_is_done(tmp_path):
 
 def test_files_of_two_builds_are_never_taken_for_one(tmp_path, monkeypatch):
     """Interrupted between two renames, the folder has no report.json."""
-    run(tmp_path, [raw(["####2", "####3"])])
     replace = os.replace
 
     def replace_once(source, target):
@@ -236,11 +235,12 @@ def test_files_of_two_builds_are_never_taken_for_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", replace_once)
     with pytest.raises(RediError, match="No space left on device"):
-        run(tmp_path, [raw(["####2", "####3"])] * 2)
+        run(tmp_path, [raw(["####2", "####3"])])
+    assert (tmp_path / "out" / "positives.parquet").exists()
     assert not (tmp_path / "out" / "report.json").exists()
     monkeypatch.undo()
     (tmp_path / "out" / ".building" / "pairs.parquet").write_text("half")
-    run(tmp_path, [raw(["####2", "####3"])] * 2)
+    run(tmp_path, [raw(["####2", "####3"])] * 2, anew=False)
     assert len(texts(tmp_path, "pairs")) == 2
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == OUTPUTS
 

@@ -1,5 +1,6 @@
 import gzip
 import json
+import lzma
 import sys
 import types
 
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from redi.data import files
-from redi.data.files import Unreadable, blocks, find_files, read_block, read_rows
+from redi.data.files import Unreadable, blocks, find_files, read_block, read_rows, unread
 from redi.data.read import read_examples
 from redi.errors import RediError
 
@@ -269,3 +270,52 @@ def test_a_built_folder_is_not_read_twice(tmp_path):
         write(tmp_path / f"{name}.parquet", [{"prompt": "p", "chosen": "2", "rejected": "3"}])
     with pytest.raises(RediError, match="name one of them"):
         read_examples(tmp_path)
+
+
+def test_hidden_files_are_not_read_and_others_are_named(tmp_path):
+    write(tmp_path / "b.jsonl", [{"n": 1}])
+    write(tmp_path / ".ipynb_checkpoints" / "a.jsonl", [{"n": 99}])
+    write(tmp_path / "._b.jsonl", [{"n": 99}])
+    for name in ("c.csv", "d.json", "deep/e.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert unread(tmp_path) == ["c.csv", "d.json", "deep/e.txt"]
+    with pytest.warns(UserWarning, match=r"not read: c.csv, d.json, deep/e.txt$"):
+        assert [row for _, row in read_rows(tmp_path)] == [{"n": 1}]
+    (tmp_path / "b.jsonl").unlink()
+    with pytest.raises(RediError, match=r"holds no .jsonl .*; it holds c.csv, d.json, deep/e.txt"):
+        find_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.jsonl.xz", "a.NDJSON.GZ", "a.json"])
+def test_json_lines_by_other_names(tmp_path, name):
+    text = b'{"n": 1}\n{"n": 2}\n'
+    pack = {".xz": lzma.compress, ".gz": gzip.compress}.get((tmp_path / name).suffix.lower())
+    (tmp_path / name).write_bytes(pack(text) if pack else text)
+    assert [row["n"] for _, row in read_rows(tmp_path / name)] == [1, 2]
+    assert name.endswith(".json") or find_files(tmp_path) == [tmp_path / name]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"),
+        ("train.jsonl", "validation.jsonl"),
+        ("train/a.jsonl", "dev/a.jsonl"),
+        ("math_train.jsonl", "math_test.jsonl"),
+    ],
+)
+def test_splits_are_not_mixed(tmp_path, names):
+    for name in names:
+        write(tmp_path / name, [{"n": 1}])
+    for path in (tmp_path, f"{tmp_path}/**"):
+        with pytest.raises(RediError, match=r"holds files of the splits .*train \(.*name one file"):
+            find_files(path)
+        assert len(find_files(path, mix_splits=True)) == len(names)
+    assert len(find_files(f"{tmp_path}/{names[0].replace('train', 't*n')}")) == 1
+
+
+def test_utf_16_is_said(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"n": 1}\n'.encode("utf-16"))
+    with pytest.raises(RediError, match=r"a.jsonl after line 0: .* UTF-16 text; save it as UTF-8"):
+        list(read_rows(tmp_path / "a.jsonl"))

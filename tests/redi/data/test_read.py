@@ -10,6 +10,7 @@ from redi.data.read import (
     answer_of,
     make_prompt,
     read_examples,
+    to_example,
     to_item,
 )
 from redi.errors import RediError
@@ -191,3 +192,21 @@ def test_make_prompt():
     assert make_prompt([USER], "Be brief.") == [system, USER]
     assert make_prompt([system, USER], "Be long.") == [system, USER]
     assert make_prompt("{x} {problem}", None, "{problem}{y}")[0]["content"] == "{x} {problem}{y}"
+
+
+def test_sharegpt_conversations():
+    turns = [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]
+    prompt = [{"role": "user", "content": "1+1?"}]
+    example = to_example({"conversations": turns, "id": "a"}, "row 1")
+    assert example == Example("a", prompt, "2", None)
+    example = to_example({"conversations": turns, "id": "a", "system": "Think."}, "row 1")
+    assert example.prompt == [{"role": "system", "content": "Think."}, *prompt]
+    with pytest.raises(RediError, match=r"row 1: the last message of `conversations`"):
+        to_example({"conversations": turns[:1]}, "row 1")
+
+
+def test_columns_of_traces_by_other_names_are_hinted_at():
+    row = dict.fromkeys(("question", "solution", "deepseek_thinking_trajectory", "metadata"), "x")
+    message = r"if `solution`, `deepseek_thinking_trajectory` hold the traces, .* `generations`"
+    with pytest.raises(RediError, match=message):
+        to_item(row, "row 1")

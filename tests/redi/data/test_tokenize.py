@@ -1,9 +1,11 @@
 import pytest
 from chat_formats import (
+    CHANNELS,
     CHATML,
     OPENS_THINKING,
     QWEN_THINKS,
     STRIPS_REASONING,
+    SWITCHED,
     byte_tokenizer,
     chatml,
     gemma,
@@ -16,7 +18,12 @@ from hypothesis import strategies as st
 from tiny import make_tokenizer
 
 from redi.data.read import Example
-from redi.data.tokenize import ChatFormat, tokenize_examples
+from redi.data.tokenize import (
+    ChatFormat,
+    digest_tokenizer,
+    tokenize_examples,
+    with_template_arguments,
+)
 from redi.errors import RediError
 
 QUESTION = [{"role": "user", "content": "What is 1+1?"}]
@@ -374,3 +381,43 @@ def test_text_of_any_kind_forges_no_turn_and_shifts_no_mask(name, question, comp
 
 
 CHATS = {name: ChatFormat(tokenizer) for name, tokenizer in FORMATS.items()}
+
+
+def test_a_trace_with_thoughts_begins_where_the_generation_prompt_ends():
+    """Or is refused: it would be trained after something that generation never writes."""
+    thoughts, plain = "<think>hm</think>2", "2"
+    chat = ChatFormat(byte_tokenizer(CHANNELS, eos_token="</s>"))
+    for text in (thoughts, plain):
+        with pytest.raises(RediError, match="chat_template"):
+            chat.encode(QUESTION, text)
+    chat = ChatFormat(byte_tokenizer(SWITCHED, eos_token="</s>"))
+    with pytest.raises(RediError, match=r"second think block; set .*chat_template_kwargs"):
+        chat.encode(QUESTION, thoughts)
+    ids, num_prompt_tokens = chat.encode(QUESTION, plain)
+    assert chat.tokenizer.decode(ids[num_prompt_tokens:]) == "2<|im_end|>"
+
+
+@pytest.mark.parametrize("text", ["<think>\nhm</think>2", "hm</think>2"])
+def test_the_templates_switch_is_set_in_the_recipe(text):
+    tokenizer = byte_tokenizer(SWITCHED, eos_token="</s>")
+    thinking = with_template_arguments(tokenizer, {"thinking": True})
+    chat = ChatFormat(thinking)
+    ids, num_prompt_tokens = chat.encode(QUESTION, text)
+    assert thinking.decode(ids[:num_prompt_tokens]).endswith("assistant\n<think>\n")
+    assert thinking.decode(ids[num_prompt_tokens:]) == "hm</think>2<|im_end|>"
+    assert ids[:num_prompt_tokens] == chat.encode_prompt(QUESTION)
+    # whoever serves the exported model gets the same prompt, unless they ask for another
+    options = {"tokenize": False, "add_generation_prompt": True}
+    assert thinking.apply_chat_template(QUESTION, **options).endswith("<think>\n")
+    off = thinking.apply_chat_template(QUESTION, thinking=False, **options)
+    assert off.endswith("</think>\n\n")
+    assert digest_tokenizer(tokenizer) != digest_tokenizer(thinking)
+    assert tokenizer.chat_template == SWITCHED
+
+
+def test_a_switch_that_the_template_does_not_have_is_refused():
+    tokenizer = byte_tokenizer(SWITCHED, eos_token="</s>")
+    with pytest.raises(RediError, match="does not know 'enable_thinking'"):
+        with_template_arguments(tokenizer, {"enable_thinking": True})
+    with pytest.raises(RediError, match="has no chat template"):
+        with_template_arguments(byte_tokenizer(None, eos_token="</s>"), {"thinking": True})

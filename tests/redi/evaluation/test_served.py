@@ -227,7 +227,10 @@ TROUBLES = {
     "other json": lambda h: h.send(200, '{"detail": "?"}'),
     "a list": lambda h: h.send(200, "[]"),
     "no choices": lambda h: h.answer({"prompt": "0+0", "seed": 0}, choices=[]),
-    "no usage": lambda h: h.answer({"messages": [{"content": "0+0"}], "seed": 0}, usage=None),
+    "an error as a 200": lambda h: h.send(200, '{"error": {"message": "overloaded"}}'),
+    "given up": lambda h: h.answer(
+        {"messages": [{"content": "0+0"}], "seed": 0}, finish_reason="abort"
+    ),
     "not utf-8": lambda h: h.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n\xff\xfe"),
     "hangs": hang,
 }
@@ -332,11 +335,17 @@ def test_a_key_that_no_header_takes_is_refused_and_not_shown(
 
 @pytest.mark.parametrize(
     ("status", "words"),
-    [(400, "too long"), (401, "OPENAI_API_KEY"), (404, "is base_url right")],
+    [
+        (400, "too long"),
+        (401, "OPENAI_API_KEY"),
+        (404, "is base_url right"),
+        (422, "takes no request"),
+    ],
 )
 def test_a_refusal_ends_it_at_once(server, config, tmp_path, status, words):
     server.trouble = lambda attempt, body: lambda h: h.send(status, "prompt too long")
-    with pytest.raises(RediError, match=f"{status}.*too long.*{words}|{status}.*{words}"):
+    pattern = f"{status}.*too long.*{words}|{status}.*{words}|{words}.*{status}"
+    with pytest.raises(RediError, match=pattern):
         evaluate("m", config, tmp_path / "out")
     assert max(server.tries.values()) == 1
 
@@ -386,3 +395,104 @@ def test_settings_that_do_not_fit(config):
     ):
         with pytest.raises(ValueError, match=message):
             EvalConfig.model_validate(settings | change)
+
+
+# What vLLM, SGLang, TGI, llama.cpp, OpenAI, Mistral, Anthropic's and Vertex' servers say.
+@pytest.mark.parametrize(
+    ("reason", "is_cut_off", "is_known"),
+    [
+        *(
+            (reason, True, True)
+            for reason in ("length", "max_tokens", "MAX_TOKENS", "model_length")
+        ),
+        *((reason, False, True) for reason in ("stop", "STOP", "eos_token", "stop_sequence")),
+        *((reason, False, True) for reason in ("end_turn", "eos")),
+        *((reason, False, False) for reason in (None, "", "content_filter", "SAFETY", "refusal")),
+        *((reason, False, False) for reason in ("tool_calls", "repetition", "pause_turn")),
+    ],
+)
+def test_only_what_was_cut_off_is_unfinished(
+    server, config, tmp_path, capsys, reason, is_cut_off, is_known
+):
+    server.trouble = lambda attempt, body: lambda h: h.answer(body, finish_reason=reason)
+    result = evaluate("m", changed(config, num_samples=4, max_problems=2), tmp_path / "out")
+    assert set(result.finished_PN.ravel()) == {not is_cut_off}
+    assert (result.pass_at_1 > 0) != is_cut_off
+    said = f"8 answers end with finish_reason {reason!r}, which redi does not know"
+    assert (said in capsys.readouterr().err) != is_known
+
+
+@pytest.mark.parametrize("usage", [None, {}, {"completion_tokens": None}, {"prompt_tokens": 5}, []])
+def test_tokens_that_nobody_counted_decide_nothing(server, config, tmp_path, usage):
+    expected = evaluate("m", config, tmp_path / "counted")
+    server.trouble = lambda attempt, body: lambda h: h.answer(body, usage=usage)
+    result = evaluate("m", config, tmp_path / "not")
+    assert (result.verdict_PN == expected.verdict_PN).all()
+    assert result.metrics() == expected.metrics() | {"mean_tokens": None}
+
+
+TEXT = {"type": "text", "text": "#### "}
+PARTS = [
+    ([TEXT, {"type": "text", "text": "0"}], {}, "#### 0"),
+    (["#### ", "0"], {}, "#### 0"),
+    ([TEXT, TEXT | {"text": "0"}], {"reasoning": "so"}, "<think>so</think>#### 0"),
+    (
+        [{"type": "thinking", "thinking": [{"type": "text", "text": "so"}]}, TEXT],
+        {},
+        "<think>so</think>#### ",
+    ),
+    (
+        [{"type": "thinking", "thinking": "so", "signature": "x"}, TEXT],
+        {},
+        "<think>so</think>#### ",
+    ),
+    (None, {"reasoning_content": "so"}, "<think>so</think>"),
+    (None, {"tool_calls": [{}]}, ""),
+]
+
+
+@pytest.mark.parametrize(("content", "more", "text"), PARTS)
+def test_content_in_parts(server, config, content, more, text):
+    message = {"role": "assistant", "content": content, **more}
+    server.trouble = lambda attempt, body: lambda h: h.answer(body, message=message)
+    got = Client(config).complete({"messages": [{"content": "0+0"}], "seed": 0})
+    assert got.text == text
+
+
+REFUSALS = {
+    "400": lambda h: h.send(400, '{"error": {"message": "too long: 9999 tokens"}}'),
+    "422": lambda h: h.send(422, "too long: 9999 tokens"),
+    "a 200": lambda h: h.send(200, '{"object": "error", "message": "too long: 9999", "code": 400}'),
+}
+
+
+@pytest.mark.parametrize("how", REFUSALS)
+def test_a_problem_that_the_server_refuses_is_named_and_the_rest_goes_on(
+    server, config, tmp_path, capsys, how
+):
+    server.trouble = lambda attempt, body: (
+        REFUSALS[how] if body["messages"][0]["content"] == "3+3" else None
+    )
+    result = evaluate("m", config, tmp_path / "out")
+    told = capsys.readouterr().err
+    assert "refuses 3 of 18 samples, which count as not solved: q3 (" in told
+    assert "too long: 9999" in told
+    assert result.verdict_PN[3].tolist() == ["refused"] * 3
+    assert "refused" not in result.verdict_PN[[0, 1, 2, 4, 5]]
+    assert result.metrics()["verdicts"]["refused"] == 3
+    server.bodies.clear()
+    assert evaluate("m", config, tmp_path / "out").metrics() == result.metrics()
+    assert not server.bodies
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_said_and_takes_no_key_along(server, config, tmp_path, monkeypatch, status):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    other = Server()
+    threading.Thread(target=other.serve_forever, args=(0.01,), daemon=True).start()
+    place = other.url + "/chat/completions"
+    server.trouble = lambda attempt, body: lambda h: h.send(status, "", Location=place)
+    with pytest.raises(RediError, match=f"{status}.*redirects to {place}.*base_url"):
+        evaluate("m", config, tmp_path / "out")
+    other.shutdown()
+    assert not other.headers
