@@ -13,8 +13,10 @@ file. Exit code 0: something ran and all of it passed; 1: something did not; 2: 
 """
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -154,38 +156,44 @@ def watch(
     part: Part, results: Results, deadline: float, rehearse: bool, skip: list[str]
 ) -> tuple[int, str]:
     """One process of a part: its exit code, and in words how it ended. Ends one that hangs."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", part.module]
-    command += ["--parts", part.name, "--output", str(results.file.parent), "--run", results.run]
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--child",
+        f"{part.module}:{part.name}",
+    ]
+    command += ["--output", str(results.file.parent), "--run", results.run]
     command += ["--deadline", repr(deadline), *(["--rehearse"] if rehearse else [])]
     command += ["--skip", *skip]
     own = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if rehearse else {}
     start = time.time()
-    process = subprocess.Popen(command, env=environment(**own))
+    # a session of its own, so that what it started (a training run) can be ended with it
+    process = subprocess.Popen(command, env=environment(**own), start_new_session=True)
     try:
         while process.poll() is None:
             time.sleep(0.05)
-            begun = unfinished(results.of_this_run(), part.name)
-            since = begun["time"] if begun else start
+            mine = [r for r in results.of_this_run() if r["part"] == part.name]
+            begun = unfinished(mine, part.name)
+            since = max([start, *(r["time"] for r in mine[-1:])])
             limit = ROW_LIMIT + 4 * begun["expected"] if begun else START_LIMIT
             over = min(since + limit, max(deadline, since) + GRACE) - time.time()
             if over < 0:
-                process.kill()
-                process.wait()
                 return -9, f"still running after {time.time() - since:.0f} s: ended"
     finally:  # also of Ctrl-C: no process is left behind
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     code = process.returncode
     return code, f"its process ended by signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def child(args: argparse.Namespace, results: Results) -> int:
     """The rows of one part, in this process."""
-    module = importlib.import_module(args.child)
-    rows = [row for row in module.rows(args.parts[0], args.rehearse) if row.name not in args.skip]
+    name, part = args.child.split(":")
+    module = importlib.import_module(name)
+    rows = [row for row in module.rows(part, args.rehearse) if row.name not in args.skip]
     alive = getattr(module, "is_alive", lambda: True)
-    return run_rows(args.parts[0], rows, results, float(args.deadline), alive)
+    return run_rows(part, rows, results, float(args.deadline), alive)
 
 
 def exit_code(results: Results) -> int:

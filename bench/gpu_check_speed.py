@@ -104,7 +104,7 @@ def speed(shape: Shape, make: Callable[[], Callable], units: int | None) -> tupl
     try:
         loss = make()
     except (ImportError, AttributeError, RuntimeError) as error:  # as loss_peers says it
-        raise CannotRun(str(error).splitlines()[0]) from None
+        raise CannotRun(str(error).splitlines()[0].removeprefix("needs ")) from None
     return measure(loss, shape, units), True
 
 
