@@ -33,7 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
-WORKERS, LIMIT = 2, 120.0  # processes; seconds for a family
+WORKERS, LIMIT = 2, 300.0  # processes; seconds for a family
 FINE = ("right", "refused", "not buildable")
 MOST_NOT_BUILDABLE = 15
 

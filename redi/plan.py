@@ -59,7 +59,10 @@ class Planner:
     def __init__(self, config: TrainConfig):
         self.config = config
         self.model = load_model(config, device="meta")
-        self.model_config = load_model_config(config)
+        self.whole_config = load_model_config(config)
+        # of the language model: itself, but for composite ones
+        self.model_config = self.whole_config.get_text_config(decoder=True)
+        self.num_blocks = len(blocks_of(self.model.lm))
         self.rehearsed: dict[tuple[int, str, int], Bytes] = {}
 
     def memory(self, gpus: int, config: TrainConfig | None = None) -> Memory:
@@ -79,7 +82,7 @@ class Planner:
 
     def activations(self, config: TrainConfig, checkpointing: str, *, cuda: bool) -> Bytes:
         tokens = tokens_per_pack(config)
-        blocks, kept = self.model_config.num_hidden_layers, config.kept_blocks
+        blocks, kept = self.num_blocks, config.kept_blocks
         if checkpointing == "selective" and kept > 1 and blocks > 1:
             one = self.activations(
                 config.model_copy(update={"kept_blocks": 1}), checkpointing, cuda=cuda
@@ -95,7 +98,7 @@ class Planner:
             seqlens = (longest,) * (tokens // longest) + ((rest,) if rest else ())
             name = "full" if checkpointing == "offload" else checkpointing
             variant = config.model_copy(update={"gradient_checkpointing": name})
-            found = rehearse(variant, self.model_config, seqlens, cuda=cuda)
+            found = rehearse(variant, self.whole_config, seqlens, cuda=cuda)
             if checkpointing == "offload":  # two blocks' inputs stay: one in use, one on its way
                 inputs = 2 * tokens * self.model_config.hidden_size * max(blocks - 2, 0)
                 found = Bytes(*(max(b - inputs, 0) for b in vars(found).values()))
@@ -133,7 +136,7 @@ class Planner:
 
     def kept_blocks(self, gpus: int, limit: float) -> int:
         """The most blocks that could keep all their activations within the limit."""
-        counts = range(self.model_config.num_hidden_layers, 0, -1)
+        counts = range(self.num_blocks, 0, -1)
         variant = lambda kept: self.config.model_copy(update={"kept_blocks": kept})
         return next((k for k in counts if self.memory(gpus, variant(k)).needed <= limit), 0)
 
@@ -197,7 +200,7 @@ def _what(planner: Planner, schedule: Schedule, source: str) -> list[tuple[str, 
     return [
         ("objective", config.stage),
         ("model", f"{name}, {count:,} parameters"),
-        ("context", f"{architecture.max_position_embeddings:,} positions, {_rope(architecture)}"),
+        ("context", f"{_positions(architecture)}, {_rope(architecture)}"),
         ("data", f"{schedule.num_examples:,} {unit} ({source})"),
         ("steps", f"{schedule.total_steps:,} of {config.train_batch_size} {unit} "
          f"({schedule.steps_per_epoch:,} an epoch)"),
@@ -247,7 +250,7 @@ def _time(
     traces = sides * schedule.total_steps * config.train_batch_size
     told = "as given" if mean_length else "assumed: a third of max_length; --mean-length sets it"
     length = mean_length or config.max_length // 3
-    mfu = _mfu(config, planner.model_config.num_hidden_layers)
+    mfu = _mfu(config, planner.num_blocks)
     trace_hours = model_flops(planner.model.lm, [length]) / (PEAK_FLOPS[gpu] * gpus) / 3600
     hours, more = traces * trace_hours / mfu, ""
     if config.objective == "dpo":  # a forward of every trace, once
@@ -275,6 +278,11 @@ def _num_examples(config: TrainConfig) -> tuple[int, str]:
         return len(read_examples(config.dataset_name)), config.dataset_name
     assert config.expected_examples is not None  # the recipe was checked
     return config.expected_examples, f"expected; {config.dataset_name} is not here"
+
+
+def _positions(architecture: Any) -> str:
+    count = getattr(architecture, "max_position_embeddings", None)
+    return f"{count:,} positions" if count else "positions without a limit"
 
 
 def _rope(architecture: Any) -> str:

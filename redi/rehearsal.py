@@ -5,6 +5,7 @@ once with one more; every further block adds what its kind added. So no family n
 its own, and a model of any size takes a second or two.
 """
 
+import copy
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,10 @@ from torch.utils._pytree import tree_leaves
 from redi import attention
 from redi.config import TrainConfig
 from redi.data.pack import Pack
+from redi.errors import RediError
 from redi.model import PackedLM, load_model
 from redi.objectives import NEEDS_PAIRS, StepCounts, make_objective, redi
+from redi.start import first_line
 
 FLASH = "redi_shapes"
 MOMENTS = ("forward", "loss", "backward")
@@ -48,8 +51,30 @@ def rehearse(
 
     `cuda`: bf16 weights gathered by FSDP and FlashAttention; otherwise what the CPU runs.
     """
-    kinds = list(getattr(model_config, "layer_types", None) or [])
-    kinds = kinds or ["full_attention"] * model_config.num_hidden_layers
+    try:
+        return _from_few_blocks(config, model_config, seqlens, cuda)
+    except RediError:
+        raise
+    except Exception:  # a family whose config does not let it have fewer blocks
+        pass
+    try:
+        return _micro_batch(config, model_config, (), seqlens, cuda)
+    except RediError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise RediError(
+            f"{model_config.model_type}: its memory cannot be planned, since its code does not run "
+            f"on shapes alone ({why}); it can be trained where `redi train` accepts it"
+        ) from error
+
+
+def _from_few_blocks(
+    config: TrainConfig, model_config: Any, seqlens: tuple[int, ...], cuda: bool
+) -> Bytes:
+    text_config = model_config.get_text_config(decoder=True)
+    kinds = list(getattr(text_config, "layer_types", None) or [])
+    kinds = kinds or ["full_attention"] * text_config.num_hidden_layers
     measured: dict[tuple[str, ...], Bytes] = {}
 
     def of(*layers: str) -> Bytes:
@@ -105,10 +130,14 @@ def _micro_batch(
 def _shallow(
     config: TrainConfig, model_config: Any, kinds: tuple[str, ...], cuda: bool
 ) -> PackedLM:
-    """The recipe's model with as many blocks as `kinds`, on shapes."""
-    settings = model_config.to_dict() | {"num_hidden_layers": len(kinds)}
-    if settings.get("layer_types"):
-        settings["layer_types"] = list(kinds)
+    """The recipe's model with as many blocks as `kinds` (none: all of them), on shapes."""
+    model_config = copy.deepcopy(model_config)
+    text_config = model_config.get_text_config(decoder=True)
+    if kinds:
+        text_config.num_hidden_layers = len(kinds)
+        if getattr(text_config, "layer_types", None):
+            text_config.layer_types = list(kinds)
+    settings = model_config.to_dict()
     changes = {"model_name_or_path": None, "tokenizer_name_or_path": "", "architecture": settings}
     changes |= {"use_liger_kernel": False, "torch_compile": False, "model_check": False}
     if cuda:
@@ -175,7 +204,10 @@ class LiveBytes(TorchDispatchMode):
         return peak
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._grouped_mm.default:
+            out = _grouped_mm(*args, **(kwargs or {}))
+        else:
+            out = func(*args, **(kwargs or {}))
         old = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if _is_tensor(t)}
         for tensor in tree_leaves(out):
             if _is_tensor(tensor) and tensor.untyped_storage()._cdata not in old:
@@ -195,6 +227,17 @@ class LiveBytes(TorchDispatchMode):
             self.live -= size
 
         weakref.finalize(storage, gone)
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """Shapes of what experts multiply by: PyTorch's own are for bfloat16 only, its kernels for the
+    CPU are not. Of 2-D factors the rows (of both: what is summed over) are in groups."""
+    if a.ndim == b.ndim == 2:
+        assert offs is not None
+        return a.new_empty(len(offs), a.shape[0], b.shape[1])
+    if a.ndim == b.ndim == 3:
+        return a.new_empty(*a.shape[:2], b.shape[2])
+    return a.new_empty(a.shape[-2], b.shape[-1])
 
 
 def _is_tensor(leaf: Any) -> bool:
