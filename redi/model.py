@@ -20,6 +20,7 @@ from redi import attention, blocks, selfcheck
 from redi.config import TrainConfig
 from redi.data.pack import Pack
 from redi.errors import RediError
+from redi.meter import idle_weights
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 Out = TypeVar("Out")
@@ -97,10 +98,10 @@ class PackedLM(nn.Module):
     def cost_of_squares(self) -> float:
         """What a squared token costs beside a token: a trace of n tokens takes 2 P n FLOP in the
         weights and, causally, 2 L A D n^2 in attention (backward doubles both)."""
-        c = self.lm.config
+        c = self.lm.config.get_text_config(decoder=True)
         head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        num_parameters = sum(p.numel() for p in self.parameters())
-        return c.num_hidden_layers * c.num_attention_heads * head_dim / num_parameters
+        num_active = sum(p.numel() for p in self.parameters()) - idle_weights(self.lm)
+        return c.num_hidden_layers * c.num_attention_heads * head_dim / num_active
 
 
 @torch.no_grad()
