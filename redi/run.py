@@ -19,6 +19,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from redi.config import DataConfig, EvalConfig, RunConfig, TrainConfig
 from redi.data.files import find_files, is_hub_name
 from redi.errors import RediError
 from redi.evaluation.evaluate import EvalResult, evaluate
-from redi.files import write_text
+from redi.files import claim, write_text
 from redi.monitor import ticker
 from redi.pages.run import RECIPE, write_run_page
 from redi.recipe import load_config, make_config
@@ -92,8 +93,6 @@ def run(
 
     Raises RediError for anything the user can put right, Interrupted after a signal.
     """
-    from redi.train import train
-
     if not isinstance(config, RunConfig):
         config = load_config(RunConfig, config, {})
     job = Job(config)
@@ -101,7 +100,17 @@ def run(
         raise RediError(
             "redi run is one process: under torchrun run its stages one by one, with redi train"
         )
-    job.root.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as until_done:
+        try:
+            until_done.enter_context(claim(job.root, "redi run"))
+        except OSError as error:
+            raise RediError(f"{job.root}: cannot be written: {error}") from None
+        return _run(job, config, callbacks)
+
+
+def _run(job: Job, config: RunConfig, callbacks: Sequence[Any]) -> dict[str, EvalResult]:
+    from redi.train import train
+
     ran = yaml.safe_dump(config.model_dump(exclude_unset=True), sort_keys=False, allow_unicode=True)
     if not (job.root / RECIPE).exists():
         write_text(job.root / RECIPE, ran)
