@@ -35,7 +35,15 @@ app.add_typer(data_app, name="data")
 FIELDS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="recipe (YAML)")]
-OutputDir = Annotated[Path, typer.Option("--output_dir", "--output-dir")]
+
+
+def _folder(text: str) -> Path:
+    if not text:  # Path("") is the current folder
+        raise RediError("--output_dir: needs a folder")
+    return Path(text)
+
+
+OutputDir = Annotated[Path, typer.Option("--output_dir", "--output-dir", parser=_folder)]
 
 
 @app.command(context_settings=FIELDS)

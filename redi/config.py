@@ -20,7 +20,15 @@ def _has_slot(template: str) -> str:
     return template
 
 
+def _some_steps(max_steps: int) -> int:
+    if max_steps == 0:
+        raise ValueError("0 steps train nothing; -1 stands for what num_train_epochs says")
+    return max_steps
+
+
 PromptTemplate = Annotated[str, AfterValidator(_has_slot)]  # the user's turn
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every generator takes
+Name = Annotated[str, Field(min_length=1)]  # of a path or a model: "" would be the current folder
 
 
 # The paper's rules (arXiv 2505.24850, its data scripts); docs/data.md says what each one does.
@@ -40,7 +48,7 @@ PAPER_DATA: dict[str, Any] = {
 class DataConfig(Strict):
     """`redi data build`: raw generations (or ready rows) to positives.parquet and pairs.parquet."""
 
-    path: str = Field(
+    path: Name = Field(
         description="file, folder or glob of .jsonl (.gz, .zst), .parquet or .arrow; or a dataset "
         "on the Hub: owner/name[:config][@split]"
     )
@@ -85,8 +93,8 @@ class DataConfig(Strict):
         description="next: the next trace that fits takes a too long one's place; paper: lengths "
         "drop pairs only, after the first traces were chosen, and are counted as its scripts do",
     )
-    shuffle_seed: int | None = Field(
-        None, ge=0, description="order the rows as datasets.Dataset.shuffle(seed) would"
+    shuffle_seed: Seed | None = Field(
+        None, description="order the rows as datasets.Dataset.shuffle(seed) would"
     )
     system_prompt: str | None = Field(None, description="system message put before every problem")
     prompt_template: PromptTemplate = Field(
@@ -135,16 +143,16 @@ class EvalConfig(Strict):
     preset: Literal["paper"] | None = Field(
         None, description="the paper's settings, prompts and grader; fields given beside it win"
     )
-    dataset_name: str | None = Field(
+    dataset_name: Name | None = Field(
         None, description="rows with a problem (or prompt, question) and its answer"
     )
     benchmarks: list[str] | None = Field(
         None, description="instead of dataset_name: names of benchmarks, as math500,aime24"
     )
-    data_dir: str | None = Field(
+    data_dir: Name | None = Field(
         None, description="folder with the benchmarks' files; default: from the Hub"
     )
-    pairs_name: str | None = Field(
+    pairs_name: Name | None = Field(
         None, description="held-out pairs whose log-probs per token are compared"
     )
     num_samples: int = Field(4, ge=1, description="samples per problem")
@@ -154,7 +162,7 @@ class EvalConfig(Strict):
     max_problems: int | None = Field(None, ge=1, description="only the first so many problems")
     batch_size: int = Field(64, ge=1, description="samples generated at once")
     max_tokens_per_batch: int = Field(16384, ge=1, description="tokens scored at once (pairs_name)")
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     grader: Literal["math_verify", "rllm"] = Field(
         "math_verify", description="rllm: the stricter rule of the paper's final numbers"
     )
@@ -171,7 +179,7 @@ class EvalConfig(Strict):
     engine: Literal["transformers", "openai"] = Field(
         "transformers", description="openai: a server that speaks its protocol, as vLLM's"
     )
-    base_url: str | None = Field(None, description="openai: as http://localhost:8000/v1")
+    base_url: Name | None = Field(None, description="openai: as http://localhost:8000/v1")
     api: Literal["chat", "completions"] = Field(
         "chat", description="openai: /chat/completions, or /completions for a base model"
     )
@@ -222,17 +230,17 @@ class TrainConfig(Strict):
     """`redi train`: one stage; SFT, REDI, or one of REDI's comparators, DPO and SimPO."""
 
     # model
-    model_name_or_path: str | None = Field(
+    model_name_or_path: Name | None = Field(
         None, description="folder or hub name; None: from scratch"
     )
-    model_revision: str | None = None
+    model_revision: Name | None = None
     architecture: dict[str, Any] | None = Field(
         None,
         description="a config.json's content: trains from scratch if model_name_or_path is not "
         "set, and lets --dry-run work without the model's files",
     )
-    tokenizer_name_or_path: str | None = Field(None, description="default: model_name_or_path")
-    chat_template: str | None = Field(
+    tokenizer_name_or_path: Name | None = Field(None, description="default: model_name_or_path")
+    chat_template: Name | None = Field(
         None, description="file with a Jinja chat template to use instead"
     )
     chat_template_kwargs: dict[str, Any] = Field(
@@ -270,7 +278,7 @@ class TrainConfig(Strict):
     )
     torch_compile: bool = Field(False, description="compile the norms and the MLP of each block")
     # data
-    dataset_name: str = Field(description="positives.parquet, pairs.parquet, or ready rows")
+    dataset_name: Name = Field(description="positives.parquet, pairs.parquet, or ready rows")
     max_length: int = Field(
         32768, gt=1, description="longer traces are dropped and counted, never cut"
     )
@@ -304,12 +312,14 @@ class TrainConfig(Strict):
         None, ge=1, description="diverging: only so many tokens from there on"
     )
     loss_tolerance: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="fast mode of the loss; 0: exact gradients"
+        0.0, ge=0, description="fast mode of the loss; 0: exact gradients"
     )
     # optimisation
-    output_dir: str
+    output_dir: Name
     num_train_epochs: float = Field(1.0, gt=0)
-    max_steps: int = Field(-1, ge=-1, description="-1: as num_train_epochs says")
+    max_steps: Annotated[int, AfterValidator(_some_steps)] = Field(
+        -1, ge=-1, description="-1: as num_train_epochs says"
+    )
     train_batch_size: int = Field(32, ge=1, description="pairs (or traces) per step, over all GPUs")
     max_tokens_per_batch: int = Field(16384, ge=1, description="tokens per GPU in memory at once")
     learning_rate: float = Field(1e-6, gt=0)
@@ -319,19 +329,19 @@ class TrainConfig(Strict):
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=True, description=".inf: no clipping")
     nonfinite: Literal["stop", "skip"] = Field(
         "stop",
         description="a step whose loss or gradient is NaN or inf: stop, or go on without it; "
         "its examples are named and saved either way",
     )
-    seed: int = 42
+    seed: Seed = 42
     # watching
     logging_steps: int = Field(1, ge=1)
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = Field(
         "none", description="besides metrics.jsonl"
     )
-    eval_dataset_name: str | None = Field(None, description="held-out rows, as dataset_name's")
+    eval_dataset_name: Name | None = Field(None, description="held-out rows, as dataset_name's")
     eval_steps: int = Field(200, ge=1, description="and at the end")
     collapse_guard: Literal["off", "warn", "stop"] = Field(
         "warn", description="when the model loses what it knew: say so / save and stop"
@@ -436,15 +446,15 @@ class TaskConfig(Strict):
     )
     num_validation: int = Field(500, ge=1)
     num_test: int = Field(1000, ge=1)
-    seed: int = 0
+    seed: Seed = 0
 
 
 class RunConfig(Strict):
     """`redi run`: data -> (pretrain) -> SFT -> arms -> evaluation -> table and curves."""
 
     name: str
-    output_dir: str
-    seed: int = Field(0, description="of the task, every stage and the evaluation")
+    output_dir: Name
+    seed: Seed = Field(0, description="of the task, every stage and the evaluation")
     task: TaskConfig | None = Field(
         None, description="generate this task instead of reading data.path"
     )
@@ -494,15 +504,15 @@ class StudyArm(Strict):
 class StudyConfig(Strict):
     """`redi study`: tasks x arms x learning rates x seeds, to one JSON."""
 
-    output_dir: str = Field(description="models and logs; may be lost, the results are enough")
-    results: str = Field(description="JSON of all cells; what is in it is not done again")
+    output_dir: Name = Field(description="models and logs; may be lost, the results are enough")
+    results: Name = Field(description="JSON of all cells; what is in it is not done again")
     tasks: dict[str, str] = Field(
         description="recipes of `redi run` by name; their arms are not used"
     )
     arms: dict[str, StudyArm]
     baseline: str = "control"
-    sweep_seed: int = Field(0, description="chooses the rates, on the validation split")
-    seeds: list[int] = Field(description="meet the test split")
+    sweep_seed: Seed = Field(0, description="chooses the rates, on the validation split")
+    seeds: list[Seed] = Field(description="meet the test split")
     max_extensions: int = Field(2, ge=0, description="of a grid whose best rate is at its edge")
     followed: list[str] = Field(
         default_factory=list,

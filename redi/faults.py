@@ -98,8 +98,8 @@ def nonfinite_step(
     in_a_row = state.skipped[-MAX_SKIPPED:] == list(range(step - MAX_SKIPPED + 1, step + 1))
     if not skip or in_a_row:
         raise RediError(
-            f"{what}. Training stopped before the weights changed; checkpoints in "
-            f"{state.output_dir} are good. Lower learning_rate, look at these examples, or set "
+            f"{what}. Training stopped before the weights changed; what is saved in "
+            f"{state.output_dir} is good. Lower learning_rate, look at these examples, or set "
             "nonfinite: skip" + (f" (it is: {MAX_SKIPPED} steps in a row)" if skip else "")
         )
     if is_main:

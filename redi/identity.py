@@ -28,6 +28,9 @@ FREE = {
 }  # fmt: skip
 
 
+LENGTH = {"max_steps", "num_train_epochs"}
+
+
 @dataclass(frozen=True)
 class TrainResult:
     output_dir: Path
@@ -53,11 +56,16 @@ def hash_tokens(examples: list[list[Trace]]) -> str:
     return tokens.hexdigest()
 
 
-def check_same(where: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises RediError that names what differs between the run found at `where` and this one."""
+def check_same(
+    where: Path, saved: dict[str, Any], wanted: dict[str, Any], *, any_length: bool = False
+) -> None:
+    """Raises RediError that names what differs between the run found at `where` and this one, but
+    for how long they are if that may be `any_length`."""
     # A field that a newer version added had its default's effect when `saved` was written.
     saved = {k: f.default for k, f in TrainConfig.model_fields.items() if k in wanted} | saved
     differ = [key for key, value in wanted.items() if saved.get(key) != value]
+    if any_length or set(differ) - LENGTH:  # that something else differs is the news
+        differ = [key for key in differ if key not in LENGTH]
     if not differ:
         return
     key = differ[0]
@@ -71,7 +79,9 @@ def check_same(where: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> No
     raise RediError(
         f"{where}: belongs to a run that differs in {what}; "
         "choose another output_dir, or remove that folder to start anew"
-    )
+        + ("; to train it on for longer: another output_dir, and resume_from_checkpoint with the "
+           "path of its last checkpoint" if key in LENGTH else "")
+    )  # fmt: skip
 
 
 def write_result(result: TrainResult, identity: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import difflib
 import os
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -35,7 +35,7 @@ KNOWN_ELSEWHERE = {
 
 class Strict(BaseModel):
     model_config: ClassVar[ConfigDict] = ConfigDict(
-        extra="forbid", validate_assignment=True, protected_namespaces=()
+        extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False
     )
 
 
@@ -117,8 +117,10 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 
 
 def _members(annotation: Any) -> set[Any]:
-    """Of a union; else the one."""
-    return set(get_args(annotation)) if get_origin(annotation) is UnionType else {annotation}
+    """Of a union; else the one. Without what else is asked of a value (its range)."""
+    is_union = get_origin(annotation) in (Union, UnionType)
+    members = get_args(annotation) if is_union else (annotation,)
+    return {get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in members}
 
 
 def _explain(kind: type[BaseModel], error: Any) -> str:

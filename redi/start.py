@@ -1,4 +1,4 @@
-"""The files of the model that a run starts from: read whole, or refused.
+"""The files that a run starts from: read whole or refused, and never written over.
 
 transformers reads a folder whose weights do not fit its config, with a warning: what is missing is
 drawn at random, what is too much is left out. No run, no evaluation here means that.
@@ -13,9 +13,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from redi.config import TrainConfig
 from redi.errors import RediError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SOURCES = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name", "eval_dataset_name",
+           "chat_template")  # fmt: skip
+OWN = ("train_result.json", "latest", "metrics.jsonl")  # what every run of redi leaves
 ADAPTER = "adapter_config.json"
 SHOWN = 4  # names in a message
 # safetensors' names of the dtypes that weights are computed in; fp8 and packed ones are not.
@@ -64,6 +68,29 @@ def check_folder(folder: Path) -> None:
             f"{folder}: holds no {WEIGHTS}, and {pickles[0]} is a pickle, which can run code and is "
             "never opened here; where you trust it, load it with transformers once and save it "
             "with save_pretrained, which writes safetensors"
+        )
+
+
+def check_output_dir(config: TrainConfig) -> None:
+    """Raises RediError where the export would be written over, into or around what the run reads,
+    links followed, or over a model that no run of redi left there."""
+    out = Path(config.output_dir).resolve()
+    for field in SOURCES:
+        value = getattr(config, field)
+        there = Path(value or "").resolve()
+        if value is None or not (there.exists() or set("*?[") & set(value)):  # as a Hub name
+            continue
+        inside = there.is_dir() and there in out.parents
+        if out == there or out in there.parents or inside:
+            raise RediError(
+                f"output_dir: {config.output_dir} is, holds or lies in {value} ({field}), which a "
+                "run must leave as it is; choose another output_dir"
+            )
+    foreign = [name for name in ("config.json", WEIGHTS, INDEX) if (out / name).exists()]
+    if foreign and not any((out / name).exists() for name in OWN):
+        raise RediError(
+            f"output_dir: {config.output_dir} holds a model already ({foreign[0]}) that is no run's "
+            "of redi; choose another output_dir"
         )
 
 

@@ -55,7 +55,7 @@ def score(
     from redi.config import TrainConfig
     from redi.model import load_model_config, load_tokenizer
 
-    common = {"dataset_name": "", "output_dir": "", "use_liger_kernel": False}
+    common = {"dataset_name": "none", "output_dir": "none", "use_liger_kernel": False}
     first, second = (TrainConfig(model_name_or_path=name, **common) for name in (before, after))
     tokenizer = load_tokenizer(first)
     if tokenizer.get_vocab() != load_tokenizer(second).get_vocab():

@@ -39,6 +39,7 @@ from redi.recipe import load_config, make_config
 from redi.reference import with_reference
 from redi.schedule import Schedule
 from redi.screen import Screen
+from redi.start import check_output_dir
 from redi.trackers import trackers
 from redi.vitals import NUM_SUMS, PROBE_STEPS, entropy_sums, pack_sums, step_means
 
@@ -59,6 +60,7 @@ def train(
     """
     config = _checked(config)
     preflight.check_training(config)
+    check_output_dir(config)
     ranks = distributed.setup()
     with ExitStack() as until_done:
         claimed = claim(Path(config.output_dir), "run")
@@ -82,7 +84,7 @@ def _train(
         return result
 
     model = load_model(config, device=ranks.device)
-    _check_longest(config, model, [*data.traces, held_out])
+    _check_fits(config, model, [*data.traces, held_out])
     distributed.shard(model, list(blocks_of(model.lm)), ranks, bf16=config.bf16 is not False)
     apart = selfcheck.keep_apart(model, config.max_tokens_per_batch, check=config.model_check)
     for line in filter(None, (selfcheck.router_note(model.lm), apart)):
@@ -122,7 +124,7 @@ def _train(
     except OSError as error:
         raise RediError(
             f"{output_dir}: the model could not be written ({error}); "
-            "free space and run the same command: it continues from the last checkpoint"
+            f"free space and run the same command: it {_continues(output_dir)}"
         ) from None
     return result
 
@@ -165,9 +167,9 @@ def load_data(config: TrainConfig, tokenizer: Any) -> Tokenized:
     return replace(data, traces=traces, dropped=dropped + data.dropped)
 
 
-def _check_longest(config: TrainConfig, model: PackedLM, examples: Sequence[Any]) -> None:
+def _check_fits(config: TrainConfig, model: PackedLM, examples: Sequence[Any]) -> None:
     """No trace may have more tokens than the model knows positions: it would train, and then be
-    refused by whoever serves it."""
+    refused by whoever serves it. None may have a token that the model lacks."""
     longest = max(len(trace.input_ids) for traces in examples for trace in traces)
     text_config = model.lm.config.get_text_config(decoder=True)
     positions = getattr(text_config, "max_position_embeddings", None)
@@ -175,6 +177,15 @@ def _check_longest(config: TrainConfig, model: PackedLM, examples: Sequence[Any]
         raise RediError(
             f"{config.dataset_name}: {longest} tokens in a trace, {positions} positions in the "
             "model; lower max_length, or set max_position_embeddings (and rope_theta)"
+        )
+    highest = max(int(trace.input_ids.max()) for traces in examples for trace in traces)
+    size = model.lm.get_input_embeddings().weight.shape[0]
+    if highest >= size:
+        raise RediError(
+            f"{config.tokenizer_name_or_path or config.model_name_or_path}: its tokenizer gives "
+            f"token {highest}, and the model has embeddings for {size}; set "
+            "tokenizer_name_or_path to the one that belongs to the model, or give the model more "
+            "embeddings first (transformers' resize_token_embeddings)"
         )
 
 
@@ -228,7 +239,13 @@ class Loop:
             say(f"WARNING: not continuing from a damaged checkpoint: {problem}")
         if found is not None:
             saved = checkpoint.read_state(found)
-            check_same(found, saved["identity"], self.identity)
+            named = wanted not in ("auto", True)  # by the recipe: then it may be a shorter run's
+            check_same(found, saved["identity"], self.identity, any_length=named)
+            if saved["step"] > state.total_steps:
+                raise RediError(
+                    f"{found}: {saved['step']} steps are done there, and this run has "
+                    f"{state.total_steps}; raise max_steps or num_train_epochs"
+                )
             checkpoint.load(found, self.model, self.optimizer)
             state.step, state.skipped = saved["step"], saved["skipped"]
             self.guard.history = saved.get("guard", {})  # none in a checkpoint of an older redi
@@ -399,11 +416,13 @@ class Loop:
                 )
         except OSError as error:
             if self.ranks.is_main:
-                say(f"WARNING: {error}")
+                say(f"WARNING: {error}; the last save: {_last_save(state.output_dir)}")
         else:
             notify(listeners, "on_save", state)
 
     def _how_to_continue(self) -> str:
+        if _last_save(Path(self.config.output_dir)) == "none":
+            return "nothing is saved: free space, and run the same command to start anew"
         if self.config.resume_from_checkpoint in ("auto", True):
             return "run the same command to continue"
         return "to continue run it with resume_from_checkpoint: auto"  # else it starts over
@@ -452,9 +471,20 @@ def _announcement(state: TrainState, data: Tokenized, ranks: distributed.Ranks) 
 
 
 def _stopped(state: TrainState) -> str:
-    newest = max(checkpoint.checkpoints(state.output_dir), default=0)
-    saved = "checkpoint saved" if newest == state.step else f"NOT saved (the last save: {newest})"
+    last = _last_save(state.output_dir)
+    saved = "checkpoint saved" if last == str(state.step) else f"NOT saved (the last save: {last})"
     return f"stopped after step {state.step} of {state.total_steps}, {saved}"
+
+
+def _last_save(output_dir: Path) -> str:
+    return str(max(checkpoint.checkpoints(output_dir), default="none"))
+
+
+def _continues(output_dir: Path) -> str:
+    last = _last_save(output_dir)
+    if last == "none":
+        return "starts anew, since no checkpoint could be saved either: what was trained is lost"
+    return f"continues from the last checkpoint, of step {last}"
 
 
 def _checked(config: TrainConfig | dict[str, Any] | str | Path) -> TrainConfig:

@@ -44,7 +44,7 @@ TRAINED = ("deepseek_v3", "apertus", "gemma2")
 
 def make_start(folder: Path, family: str = "qwen2", dtype=torch.float32, **changes) -> Path:
     """A folder as transformers writes it, every tensor random, buffers too; and a tokenizer."""
-    settings = deepcopy(tiny.architecture(family, **FAMILIES.get(family, {}), **changes))
+    settings = deepcopy(tiny.architecture(family, **FAMILIES.get(family, {}) | changes))
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
