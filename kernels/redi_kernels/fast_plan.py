@@ -38,7 +38,7 @@ def report(
 ) -> Report:
     """`computed` elements of d(logits); the energy `left` out and the targets' own."""
     active = torch.zeros_like(energy) + computed / max(len(dropped_N) * V, 1)
-    error = ERROR_PER_BUDGET * (left / energy.where(energy > 0, 1)).sqrt()
+    error = ERROR_PER_BUDGET * (left / energy.where(energy != 0, 1)).sqrt()
     return Report(dropped_N, active.to(dropped_N.dtype), error.to(dropped_N.dtype))
 
 

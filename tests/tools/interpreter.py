@@ -4,6 +4,7 @@ Call `install()` before the first launch in a process started with TRITON_INTERP
 (triton 3.4 to 3.9) the interpreter keeps bf16 as raw uint16 and is silently wrong with it:
 
 * `tl.dot` and arithmetic work on the raw bits       -> widened to fp32 (exact products)
+* `tl.dot` is BLAS's matmul, in which a row's bits may depend on its place -> one sum per element
 * fp32 -> bf16 casts drop the low bits               -> round to nearest, ties to even
 * every nested @jit call re-scans all builtins       -> once per launch (2-3 x faster)
 * numpy >= 2.4 refuses int() of a 1-element array    -> loop bounds are read as scalars (triton 3.6)
@@ -29,6 +30,23 @@ def fp32_to_bf16(values):
     rounded = ((bits + np.uint32(0x7FFF) + is_odd) >> np.uint32(16)).astype(np.uint16)
     is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
     return np.where(is_nan, np.uint16(0x7FC0), rounded).reshape(np.shape(values))
+
+
+def row_invariant_product(a, b):
+    """a [..., M, K] @ b [..., K, N], every element summed one k after the other.
+
+    A GPU gives a row the same bits wherever it lies in a tile; BLAS, whose kernels cut a matrix up
+    by its shape and by the CPU, does not. Here each step is an element-wise product and an
+    element-wise sum, both rounded as IEEE says: a row of the result can depend on that row alone.
+    """
+    columns = np.ascontiguousarray(np.moveaxis(a, -1, 0))[..., None]
+    rows = np.ascontiguousarray(np.moveaxis(b, -2, 0))[..., None, :]
+    total = np.zeros((columns[0] * rows[0]).shape, a.dtype)
+    product = np.empty_like(total)
+    for column, row in zip(columns, rows, strict=True):
+        np.multiply(column, row, out=product)
+        total += product
+    return total
 
 
 def _is_bf16(handle):
@@ -59,7 +77,7 @@ def install():
 
 
 def _repair_builder(builder):
-    cast_impl, create_dot = builder.cast_impl, builder.create_dot
+    cast_impl = builder.cast_impl
     binary_op, unary_op = builder.binary_op, builder.unary_op
 
     def cast(self, source, target):
@@ -74,7 +92,9 @@ def _repair_builder(builder):
         return _narrow(source)
 
     def dot(self, a, b, accumulator, *args):
-        return create_dot(self, _widen(a), _widen(b), accumulator, *args)
+        kind = accumulator.data.dtype
+        product = row_invariant_product(_widen(a).data.astype(kind), _widen(b).data.astype(kind))
+        return _Handle(product + accumulator.data, accumulator.dtype.scalar)
 
     def binary(self, left, right, op):
         if not (_is_bf16(left) and _is_bf16(right)):

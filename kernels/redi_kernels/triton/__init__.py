@@ -39,8 +39,7 @@ def backward(
     """(dx_NH, dw_VH, db_V) in the inputs' dtypes, None where not needed."""
     with launch.on_device(x_NH):
         problem = _problem(x_NH, w_VH, y_N, head)
-        coefficients = dlogp_N.float(), dlse_N.float()
-        return primitive.backward(problem, logp_N, lse_N, *coefficients, needs)
+        return primitive.backward(problem, *map(_vector, (logp_N, lse_N, dlogp_N, dlse_N)), needs)
 
 
 def weighted(
@@ -51,14 +50,14 @@ def weighted(
     fp16 has no room for exp(z - c), so it takes the primitive's path.
     """
     with launch.on_device(x_NH):
-        problem = _problem(x_NH, w_VH, y_N, head)
+        problem, weight_N = _problem(x_NH, w_VH, y_N, head), _vector(weight_N)
         if any(needs) and x_NH.dtype != torch.float16:
-            return fused.weighted(problem, weight_N.float(), needs)
+            return fused.weighted(problem, weight_N, needs)
         logp_N, lse_N, *_ = primitive.forward(problem)
         if not any(needs):
             return logp_N, None, None, None
         return logp_N, *primitive.backward(
-            problem, logp_N, lse_N, weight_N.float(), torch.zeros_like(lse_N), needs
+            problem, logp_N, lse_N, weight_N, torch.zeros_like(lse_N), needs
         )
 
 
@@ -69,7 +68,12 @@ def gradients(
     """(logp_N, dx_NH, dw_VH, db_V, report) of sum(dlogp * logp + dlse * lse), in fast mode."""
     with launch.on_device(x_NH):
         problem = _problem(x_NH, w_VH, y_N, head)
-        return fast.gradients(problem, dlogp_N.float(), dlse_N.float(), needs, tolerance)
+        return fast.gradients(problem, _vector(dlogp_N), _vector(dlse_N), needs, tolerance)
+
+
+def _vector(v_N: Tensor) -> Tensor:
+    """As kernels read numbers per token: fp32, side by side (`.float()` alone copies no fp32)."""
+    return v_N.float().contiguous()
 
 
 def _problem(x_NH: Tensor, w_VH: Tensor, y_N: Tensor, head: Head) -> launch.Problem:

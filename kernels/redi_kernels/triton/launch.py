@@ -32,9 +32,11 @@ def has_rows(matrix: Tensor) -> bool:
 
 
 def can_use_tma(*matrices: Tensor) -> bool:
-    """TMA wants 16-byte aligned bases and rows."""
+    """TMA wants 16-byte aligned bases and rows, these and those of a dense copy (scaled x)."""
     return all(
-        m.data_ptr() % 16 == 0 and m.stride(0) * m.element_size() % 16 == 0 for m in matrices
+        m.data_ptr() % 16 == 0
+        and all(n * m.element_size() % 16 == 0 for n in (m.stride(0), m.shape[1]))
+        for m in matrices
     )
 
 

@@ -54,7 +54,8 @@ def logits_kernel(
             rows = row + tl.arange(0, BLOCK_T)
             in_t = rows < T
             if STATS:
-                y = tl.load(y_ptr + rows, mask=in_t, other=-1).to(tl.int32)
+                y = tl.load(y_ptr + rows, mask=in_t, other=-1)
+                y = tl.where(y < V, y, -1).to(tl.int32)  # one beyond int32 must not wrap into V
                 is_owner = (y >= col) & (y < col + BLOCK_V)
                 has_target = tl.max(is_owner.to(tl.int32), 0) > 0
                 m = tl.full((BLOCK_T,), MASKED, tl.float32)

@@ -20,11 +20,11 @@ def reduce_kernel(
     BLOCK_T: tl.constexpr, ENTROPY: tl.constexpr, FUSED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """lse = m + log s with m = max_j m_j, s = sum_j s_j exp(m_j - m), and, centred on m so that
-    logits near +-1000 lose nothing, logp = (z_y - m) - log s and
+    logits near +-1000 lose nothing (a maximum passes a NaN by, a sum does not), logp = (z_y - m) - log s and
     entropy = lse - sum p z = log s - (1/s) sum_j exp(m_j - m) (e_j + s_j (m_j - m)).
 
     FUSED (weighted.py): a row whose anchor c lies more than `limit` below lse gets c = lse and its
-    block is marked active, to be done again. Then log Z = (m - c) + log s, the row's scale is
+    block is marked active, to be done again; so does a NaN. Then log Z = (m - c) + log s, the row's scale is
     -weight / Z and its target's element Z (p - 1) slope.
     """
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -44,11 +44,12 @@ def reduce_kernel(
             e += tl.exp(shift) * (e_j + s_j * shift)
     log_s = tl.log(s)
     z_y = tl.load(target_ptr + rows, mask=in_t, other=0.0)
-    logp = tl.where(z_y == MASKED, float("-inf"), tl.minimum((z_y - m) - log_s, 0.0))
+    logp = tl.minimum((z_y - m) - log_s, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    logp = tl.where(z_y == MASKED, logp - float("inf"), logp)
     tl.store(logp_ptr + rows, logp, mask=in_t)
     if ENTROPY:
         tl.store(entropy_ptr + rows, log_s - e / s, mask=in_t)
-        tl.store(correct_ptr + rows, z_y >= m, mask=in_t)
+        tl.store(correct_ptr + rows, (z_y >= m) & (s > 0), mask=in_t)  # s is NaN or above 0
     if FUSED:
         c = tl.load(c_ptr + rows, mask=in_t, other=0.0)
         far = in_t & ~((m - c) + log_s <= limit)
@@ -68,25 +69,27 @@ def reduce_kernel(
 
 @triton.jit
 def anchor_kernel(
-    x_TH, w_VH, y_ptr, bias_ptr, c_ptr, T, H, x_stride, w_stride, logit_scale, softcap,
+    x_TH, w_VH, y_ptr, bias_ptr, c_ptr, T, V, H, x_stride, w_stride, logit_scale, softcap,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """One dot product of length H per token: 1 / V of a logits matmul."""
+    """One dot product of length H per token: 1 / V of a logits matmul. Reads nothing for a target
+    outside [0, V)."""
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_t = rows < T
-    y = tl.load(y_ptr + rows, mask=in_t, other=0).to(tl.int64)
+    y = tl.load(y_ptr + rows, mask=in_t, other=-1).to(tl.int64)
+    has_target = (y >= 0) & (y < V)
     z = tl.zeros((BLOCK_T,), tl.float32)
     for h in range(0, H, BLOCK_H):
         cols = h + tl.arange(0, BLOCK_H)
-        inside = in_t[:, None] & (cols < H)[None, :]
+        inside = has_target[:, None] & (cols < H)[None, :]
         x_rows = rows.to(tl.int64)[:, None] * x_stride
         x = tl.load(x_TH + x_rows + cols[None, :], mask=inside, other=0.0)
         w = tl.load(w_VH + y[:, None] * w_stride + cols[None, :], mask=inside, other=0.0)
         z += tl.sum(x.to(tl.float32) * w.to(tl.float32), 1)
     bias = 0.0
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + y, mask=in_t, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + y, mask=has_target, other=0.0).to(tl.float32)
     z = apply_head(z, bias, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, True)
     tl.store(c_ptr + rows, z, mask=in_t)
 
@@ -160,4 +163,5 @@ def compact_kernel(
             inside = in_t[:, None] & (cols < slab_columns)[None, :]
             tl.store(slab_TV + start + cols[None, :], g, mask=inside)
         total = tl.load(total_ptr + rows, mask=in_t, other=0.0)
-        tl.store(lost_ptr + rows, tl.maximum(total - kept, 0.0), mask=in_t)
+        lost = tl.maximum(total - kept, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(lost_ptr + rows, lost, mask=in_t)

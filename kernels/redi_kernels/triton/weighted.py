@@ -80,11 +80,10 @@ def softmax(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row scales s, targets' elements Z (p_y - 1) and targets' logits of one chunk; fills slab_TV
     with Z p and logp_T."""
-    T, _, H = chunk.sizes
-    x = chunk.x_TH
+    (T, V, H), x = chunk.sizes, chunk.x_TH
     c_T, scale_T, patch_T = chunk.new(T), chunk.new(T), chunk.new(T)
     reduce.anchor_kernel[(triton.cdiv(T, 16),)](
-        x, chunk.w_VH, chunk.y_T, chunk.bias_V, c_T, T, H, x.stride(0), chunk.w_VH.stride(0),
+        x, chunk.w_VH, chunk.y_T, chunk.bias_V, c_T, T, V, H, x.stride(0), chunk.w_VH.stride(0),
         chunk.logit_scale, chunk.softcap or 0.0, BLOCK_T=16, BLOCK_H=128,
         HAS_BIAS=chunk.bias_V is not None, HAS_SOFTCAP=chunk.softcap is not None,
     )  # fmt: skip
