@@ -16,7 +16,6 @@ be interrupted anywhere and continued by the same command.
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from redi import preflight
 from redi.config import DataConfig, EvalConfig, RunConfig, TrainConfig
 from redi.data.arithmetic import TASK_FILES
 from redi.errors import RediError
-from redi.files import write_text
+from redi.files import claim, read_json, write_text
 from redi.monitor import ticker
 from redi.recipe import load_config, make_config
 
@@ -120,16 +119,25 @@ def run(
     if not isinstance(config, RunConfig):
         config = load_config(RunConfig, config, {})
     job = Job(config)  # before what takes seconds to import: a bad recipe is said at once
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RediError(
+            "redi run is one process: under torchrun run its stages one by one, with redi train"
+        )
+    try:
+        with claim(job.root, "redi run"):
+            return _run(job, callbacks)
+    except OSError as error:
+        raise RediError(f"{job.root}: cannot be written: {error}") from error
+
+
+def _run(job: Job, callbacks: Sequence[Any]) -> "dict[str, EvalResult]":
+    """What `run` does in a folder that it has claimed."""
     from redi.evaluation.evaluate import evaluate
     from redi.pages.run import RECIPE, write_run_page
     from redi.report import write_report
     from redi.train import train
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RediError(
-            "redi run is one process: under torchrun run its stages one by one, with redi train"
-        )
-    job.root.mkdir(parents=True, exist_ok=True)
+    config = job.config
     ran = yaml.safe_dump(config.model_dump(exclude_unset=True), sort_keys=False, allow_unicode=True)
     if not (job.root / RECIPE).exists():
         write_text(job.root / RECIPE, ran)
@@ -172,18 +180,18 @@ def _build_data(job: Job) -> None:
 
 
 def _once(folder: Path, identity: dict[str, Any], work: Callable[[], Any]) -> None:
-    """Does `work`, which fills `folder`, unless the folder's marker says that it is done."""
+    """Does `work`, which makes `folder` whole or not at all, unless the folder's marker says that
+    it is done."""
     marker = folder / DONE
     identity = json.loads(json.dumps(identity))
     if marker.exists():
-        if json.loads(marker.read_text()) != identity:
+        if read_json(marker) != identity:
             raise RediError(
                 f"{folder} was made from other settings or input; "
                 "choose another output_dir, or remove that folder and what was trained from it"
             )
         return
     _say(f"== {folder.name}")
-    shutil.rmtree(folder, ignore_errors=True)  # half of it, from an interrupted run
     work()
     write_text(marker, json.dumps(identity, indent=2) + "\n")
 
