@@ -128,7 +128,7 @@ def find(output_dir: Path, resume: bool | str, ranks: Ranks) -> tuple[Path | Non
 
 def damage(folder: Path, ranks: Ranks) -> str | None:
     """What is wrong with a checkpoint, or None. Reads all of it, the ranks sharing the work; a
-    collective."""
+    collective. Raises RediError on all ranks where a disk fails on one."""
 
     def check() -> str | None:
         if not folder.is_dir():
@@ -150,7 +150,10 @@ def damage(folder: Path, ranks: Ranks) -> str | None:
                 return f"{name} is not what was written (its sha256 differs)"
         return None
 
-    return next((problem for problem in ranks.gather(check()) if problem), None)
+    try:
+        return next((problem for problem in ranks.together(check) if problem), None)
+    except OSError as error:  # not the checkpoint's fault, and perhaps over in a minute
+        raise RediError(f"{folder}: cannot be read: {error}") from None
 
 
 def checkpoints(output_dir: Path) -> dict[int, Path]:

@@ -315,7 +315,10 @@ def main() -> None:
     except Interrupted as stop:
         if os.environ.get("RANK", "0") == "0":
             print(stop, file=sys.stderr)
-        sys.exit(0)
+        sys.exit(stop.exit_code)
     except KeyboardInterrupt:
-        print("interrupted; run the same command to continue", file=sys.stderr)
+        print(
+            "interrupted; what was finished is kept: run the same command to continue",
+            file=sys.stderr,
+        )
         sys.exit(130)

@@ -4,6 +4,7 @@ A recipe for `redi run` is a `RunConfig`; a recipe for `redi train` is a `TrainC
 are Hugging Face's where it has one.
 """
 
+import re
 import warnings
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,19 @@ def _some_steps(max_steps: int) -> int:
     return max_steps
 
 
+def _is_a_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9](?:[\w.+-]*[\w+-])?", name):
+        raise ValueError(
+            f"{name!r} cannot name a folder of the run: use letters, digits, '-', '_', '+' and '.'"
+        )
+    return name
+
+
+# Folders and files are called so.
+FolderName = Annotated[str, AfterValidator(_is_a_name)]
+# What a run's folder holds besides its arms.
+RESERVED = {"pretrain", "sft", "data", "task", "eval", "plots", "recipe.yaml", "results.md",
+            "results.html", "curves.png"}  # fmt: skip
 PromptTemplate = Annotated[str, AfterValidator(_has_slot)]  # the user's turn
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every generator takes
 Name = Annotated[str, Field(min_length=1)]  # of a path or a model: "" would be the current folder
@@ -466,7 +480,7 @@ class RunConfig(Strict):
         None, description="TrainConfig fields; optional stage 0"
     )
     sft: dict[str, Any] = Field(description="TrainConfig fields of stage 1")
-    arms: dict[str, dict[str, Any]] = Field(
+    arms: dict[FolderName, dict[str, Any]] = Field(
         description="TrainConfig fields of each stage-2 run, by name; all start from the SFT model"
     )
     eval: EvalConfig
@@ -480,7 +494,7 @@ class RunConfig(Strict):
             raise ValueError("eval.benchmarks: redi run takes eval.dataset_name; use redi eval")
         if self.baseline is not None and self.baseline not in {"sft", *self.arms}:
             raise ValueError(f"baseline {self.baseline!r} is none of the arms {sorted(self.arms)}")
-        reserved = {"pretrain", "sft", "data", "plots"} & set(self.arms)
+        reserved = RESERVED & set(self.arms)
         if reserved:
             raise ValueError(f"arms cannot be called {sorted(reserved)}")
         return self
@@ -506,10 +520,10 @@ class StudyConfig(Strict):
 
     output_dir: Name = Field(description="models and logs; may be lost, the results are enough")
     results: Name = Field(description="JSON of all cells; what is in it is not done again")
-    tasks: dict[str, str] = Field(
+    tasks: dict[FolderName, str] = Field(
         description="recipes of `redi run` by name; their arms are not used"
     )
-    arms: dict[str, StudyArm]
+    arms: dict[FolderName, StudyArm]
     baseline: str = "control"
     sweep_seed: Seed = Field(0, description="chooses the rates, on the validation split")
     seeds: list[Seed] = Field(description="meet the test split")

@@ -14,4 +14,10 @@ class VerifierFailed(RediError):
 
 
 class Interrupted(Exception):
-    """A signal asked a run to stop, and it has saved where it stands."""
+    """A signal asked a run to stop, and it has saved where it stands. `exit_code` is what the
+    command line ends with: 130 after Ctrl-C, as shells expect; 0 after SIGTERM, where a scheduler
+    wants its machine back and the run is well."""
+
+    def __init__(self, message: str, exit_code: int = 0) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -23,6 +23,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked_at: float | None = None
+        self.exit_code = 0  # of a process that the signal ends
         self.previous: dict[int, Any] = {}
 
     @property
@@ -43,6 +44,7 @@ class StopRequest:
         now = time.monotonic()
         if self.asked_at is None:
             self.asked_at = now
+            self.exit_code = 130 if number == signal.SIGINT else 0
             say("stopping after this step (Ctrl-C again to stop at once, without saving)")
         elif number == signal.SIGINT and now - self.asked_at >= AGAIN:
             raise KeyboardInterrupt

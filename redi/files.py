@@ -2,19 +2,38 @@
 
 import fcntl
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from redi.errors import RediError
 
 
 def write_text(file: Path, text: str) -> None:
     """Writes aside, then renames: readers see the old text or the new one. Raises OSError."""
-    aside = file.with_name(f"{file.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    publish(aside.parent, {aside.name: file})
+    aside = file.with_name(f".{file.name}-{os.getpid()}.tmp")  # no other process's, nor a user's
+    try:
+        aside.write_text(text, encoding="utf-8")
+        publish(aside.parent, {aside.name: file})
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a file that this program has written; {} where there is no file. Raises
+    RediError for anything else, as a copy that broke off leaves it."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, OSError) as error:
+        raise RediError(f"{file}: cannot be read as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise RediError(f"{file}: holds no JSON object; redi has not written it")
+    return content
 
 
 def publish(aside: Path, targets: dict[str, Path]) -> None:

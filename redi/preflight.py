@@ -14,7 +14,9 @@ from redi.data.files import find_files, is_hub_name
 from redi.errors import RediError
 from redi.evaluation.benchmarks import find_benchmark
 
-_REPOSITORY = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*")  # of a model: owner/name, or an old one's name
+_REPOSITORY = re.compile(
+    r"(?:\w[\w.-]*/)?\w[\w.-]*"
+)  # of a model: owner/name, or an old one's name
 
 Made = Collection[Path]  # what earlier steps of the same job will have written by then
 
@@ -69,7 +71,7 @@ def check_build(config: DataConfig, tokenizer: str | None = None, made: Made = (
     """Raises RediError for data, evaluation sets or a tokenizer that are named and are not there."""
     check_data("path", config.path, made)
     for path in config.decontaminate:
-        check_data("decontaminate", path, made)
+        check_data("decontaminate", path, made, mix_splits=True)
     if tokenizer is not None:
         check_folder("--tokenizer", tokenizer, "tokenizer")
 
@@ -81,13 +83,15 @@ def is_a_path(name: str) -> bool:
     return _REPOSITORY.fullmatch(name) is None or (bool(slash) and Path(owner).is_dir())
 
 
-def check_data(field: str, name: str | None, made: Made = ()) -> None:
+def check_data(field: str, name: str | None, made: Made = (), *, mix_splits: bool = False) -> None:
     """Raises RediError if `name` is neither a file or folder of rows nor a name on the Hub."""
     if name is None or Path(name) in made:
         return
     try:
         if not is_hub_name(name) or find_spec("datasets") is None:
-            find_files(name)  # of a name on the Hub it says, unasked, that `datasets` is missing
+            find_files(
+                name, mix_splits=mix_splits
+            )  # of a name on the Hub it says, unasked, that `datasets` is missing
         elif Path(name.partition("/")[0]).is_dir():
             raise RediError(f"{name}: no such file or folder")
     except RediError as error:

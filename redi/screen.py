@@ -4,7 +4,7 @@ import sys
 import time
 from typing import Any, TextIO
 
-from redi.monitor import Callback, TrainState
+from redi.monitor import PARTS, Callback, TrainState
 
 LINE = (
     ("loss", "loss", "{:.4f}"),

@@ -27,7 +27,7 @@ from redi.data.read import read_rows
 from redi.errors import RediError
 from redi.evaluation.evaluate import evaluate
 from redi.evaluation.results import EvalResult
-from redi.files import write_text
+from redi.files import claim, digest_file, write_text
 from redi.monitor import read_metrics, say
 from redi.recipe import load_config, make_config
 from redi.run import Job, run
@@ -50,8 +50,10 @@ def study(config: StudyConfig, *, report_only: bool = False) -> list[Cell]:
     job = Study(config)
     if not report_only:
         job.check()
-    while not report_only and not job.one_pass():
-        pass
+    if not report_only:
+        with claim(Path(config.output_dir), "study"):
+            while not job.one_pass():
+                pass
     if not job.cells:
         raise RediError(f"{job.file}: no results yet; run `redi study` without --report first")
     say(f"report: {Report(config, job.cells).write(job.file.parent)}")
@@ -75,7 +77,8 @@ class Start:
     def fingerprint(self) -> str:
         """Of the SFT model's weights: only cells of the same start may be compared."""
         assert self.sft
-        return _digest((self.folder / "sft" / "model.safetensors").read_bytes())
+        files = sorted((self.folder / "sft").glob("*.safetensors"))  # several, if it is large
+        return _digest("".join(map(digest_file, files)).encode())
 
     @cached_property
     def pairs(self) -> list[dict[str, Any]]:

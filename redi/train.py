@@ -253,9 +253,9 @@ class Loop:
     def run(self, state: TrainState, listeners: list[Any]) -> dict[str, float]:
         """Trains from `state` to the end; returns the last logged metrics."""
         self.stop_if_collapsed(state)
-        notify(listeners, "on_train_begin", state)
         with StopRequest() as stop:
             try:
+                notify(listeners, "on_train_begin", state)
                 while state.step < state.total_steps:
                     metrics = self.step(state)
                     last = state.step == state.total_steps
@@ -271,7 +271,9 @@ class Loop:
                     if stopping or alarm or self._due(state, self.config.save_steps):
                         self.save(state, listeners)
                     if stopping:
-                        raise Interrupted(f"{_stopped(state)}; {self._how_to_continue()}")
+                        raise Interrupted(
+                            f"{_stopped(state)}; {self._how_to_continue()}", stop.exit_code
+                        )
                     self.stop_if_collapsed(state)
             finally:
                 self.work.close()

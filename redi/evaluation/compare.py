@@ -38,6 +38,9 @@ def load_models(folders: Sequence[str | os.PathLike]) -> dict[str, dict[str, Eva
     names = [path.resolve().name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
+    twice = next((p for p in paths if [q.resolve() for q in paths].count(p.resolve()) > 1), None)
+    if twice is not None:
+        raise RediError(f"{twice}: given twice; name the folders of different evaluations")
     models = {name: load_results(path) for name, path in zip(names, paths, strict=True)}
     if not shared(models):
         have = "; ".join(f"{name}: {', '.join(map(title, sets))}" for name, sets in models.items())

@@ -42,7 +42,7 @@ from redi.evaluation.grading import (
     vote,
 )
 from redi.evaluation.results import EvalResult, load_result, read_result
-from redi.files import write_text
+from redi.files import claim, read_json, write_text
 
 # What a model's answers depend on; cards, logs and checkpoints in its folder may change.
 MODEL_FILES = (
@@ -110,37 +110,54 @@ def evaluate(
     questions = read_questions(config)
     pairs = read_examples(config.pairs_name) if config.pairs_name is not None else []
     fingerprint = _fingerprint(name, config, questions, pairs)
-    finished = _read_json(folder / "metrics.json")
+    finished = read_json(folder / "metrics.json")
     mark = {"fingerprint": fingerprint, "rules": grading_rules()}
     if mark.items() <= finished.items():
         return load_result(folder)
     identity = {**mark, "model": name, "config": config.model_dump()}
-    start = lambda: _start(folder, identity, questions, config)
     generations = folder / "generations.jsonl"
     if not replace and generations.exists() and generations.stat().st_size:
         _check_same(folder, identity)
     try:
-        if finished.get("fingerprint") == fingerprint:
-            start()
-        elif config.engine == "openai":
-            start()
-            _sample_served(name, questions, config, generations)
-        else:
-            lm, tokenizer = _load(name)
-            if pairs:
-                _packed(lm, config)  # refuses now what it would after hours of sampling
-            start()
-            _sample(lm, tokenizer, questions, config, generations)
-            if pairs:
-                _score_pairs(lm, tokenizer, pairs, config, folder / "pairs.jsonl")
-        if config.num_samples > 2:
-            vote(config, generations, folder / "votes.jsonl")
-        result = read_result(folder, name)
-        _write_json(folder / "metrics.json", {**result.metrics(), **mark})
+        with claim(folder, "evaluation"):
+            finished = read_json(folder / "metrics.json")  # another may have ended just now
+            if mark.items() <= finished.items():
+                return load_result(folder)
+            return _evaluate(name, config, folder, identity, questions, pairs, finished)
     except OSError as error:
         raise RediError(
             f"{folder}: cannot be written: {error}; put it right and run again"
         ) from error
+
+
+def _evaluate(
+    name: str,
+    config: EvalConfig,
+    folder: Path,
+    identity: dict[str, Any],
+    questions: list[Question],
+    pairs: list[Example],
+    finished: dict[str, Any],
+) -> EvalResult:
+    """What `evaluate` does in a folder that it has claimed."""
+    start = lambda: _start(folder, identity, questions, config)
+    generations = folder / "generations.jsonl"
+    if finished.get("fingerprint") == identity["fingerprint"]:
+        start()
+    elif config.engine == "openai":
+        start()
+        _sample_served(name, questions, config, generations)
+    else:
+        lm, tokenizer = _load(name)
+        start()
+        _sample(lm, tokenizer, questions, config, generations)
+        if pairs:
+            _score_pairs(lm, tokenizer, pairs, config, folder / "pairs.jsonl")
+    if config.num_samples > 2:
+        vote(config, generations, folder / "votes.jsonl")
+    result = read_result(folder, name)
+    mark = {key: identity[key] for key in ("fingerprint", "rules")}
+    _write_json(folder / "metrics.json", {**result.metrics(), **mark})
     return result
 
 
@@ -441,7 +458,7 @@ def _fingerprint(
 
 def _check_same(folder: Path, identity: dict[str, Any]) -> None:
     """Raises RediError, with what differs, if the samples in `folder` are another evaluation's."""
-    there = _read_json(folder / "evaluation.json")
+    there = read_json(folder / "evaluation.json")
     if there.get("fingerprint") == identity["fingerprint"]:
         return
     defaults = {name: field.default for name, field in EvalConfig.model_fields.items()}
@@ -465,7 +482,7 @@ def _start(
     """Makes `folder` the place of this evaluation; what another one left there is removed, and
     samples of this one that other rules graded are graded again."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = _read_json(folder / "evaluation.json") or _read_json(folder / "metrics.json")
+    found = read_json(folder / "evaluation.json") or read_json(folder / "metrics.json")
     generations = folder / "generations.jsonl"
     is_same = found.get("fingerprint") == identity["fingerprint"]
     is_graded = found.get("rules") == identity["rules"]
@@ -525,10 +542,6 @@ def _progress(what: str, total: int, done: int) -> Iterator[Any]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total, completed=done)
         yield advance
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from redi.errors import RediError
+from redi.files import read_json
 
 # Student's t, 97.5% quantile, of 1, 2, ... degrees of freedom.
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -225,7 +226,10 @@ def load_result(output_dir: str | os.PathLike) -> EvalResult:
     file = folder / "metrics.json"
     if not file.exists():
         raise RediError(f"{folder}: no finished evaluation (metrics.json); run `redi eval` first")
-    return read_result(folder, json.loads(file.read_text(encoding="utf-8"))["model"])
+    model = read_json(file).get("model")
+    if not isinstance(model, str):
+        raise RediError(f"{file}: not the figures of an evaluation (no `model`)")
+    return read_result(folder, model)
 
 
 def load_results(output_dir: str | os.PathLike) -> dict[str, EvalResult]:
@@ -242,10 +246,27 @@ def load_results(output_dir: str | os.PathLike) -> dict[str, EvalResult]:
     }
 
 
+def _read_rows(file: Path) -> list[dict[str, Any]]:
+    try:
+        rows = [json.loads(line) for line in file.open(encoding="utf-8")]
+        if not rows or not all({"problem", "sample", "verdict"} <= row.keys() for row in rows):
+            raise ValueError("no samples" if not rows else "a row that is no sample")
+    except (OSError, ValueError, AttributeError) as error:
+        raise RediError(f"{file}: cannot be read ({error}); run the same redi eval again") from None
+    return rows
+
+
 def read_result(folder: Path, model: str) -> EvalResult:
-    rows = [json.loads(line) for line in (folder / "generations.jsonl").open(encoding="utf-8")]
+    """From the samples of an evaluation. Raises RediError unless every problem has all of them."""
+    rows = _read_rows(folder / "generations.jsonl")
     rows.sort(key=lambda row: (row["problem"], row["sample"]))
-    shape = (rows[-1]["problem"] + 1, rows[-1]["sample"] + 1)
+    shape = (rows[-1]["problem"] + 1, max(row["sample"] for row in rows) + 1)
+    there = [(row["problem"], row["sample"]) for row in rows]
+    if there != [divmod(i, shape[1]) for i in range(shape[0] * shape[1])]:
+        raise RediError(
+            f"{folder / 'generations.jsonl'}: {len(set(there))} of {shape[0] * shape[1]} samples "
+            "are there, once each or more often; run the same redi eval again, which makes the rest"
+        )
     column = lambda key: np.array([row[key] for row in rows]).reshape(shape)
     pairs = None
     if (folder / "pairs.jsonl").exists():
@@ -262,7 +283,7 @@ def read_result(folder: Path, model: str) -> EvalResult:
         groups = np.array([row["groups"] for row in votes]).reshape(shape)
     settings = {}
     if (file := folder / "evaluation.json").exists():
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
         found |= found.get("config", {})
         settings = {key: found.get(key) for key in SETTINGS}
         settings["chat_template_kwargs"] = settings["chat_template_kwargs"] or None

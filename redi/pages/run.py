@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 
 from redi.errors import RediError
+from redi.files import read_json
 from redi.evaluation.results import EvalResult, bootstrap, load_result
 from redi.monitor import PARTS, read_metrics
 from redi.pages.charts import POINTS, line_chart
@@ -73,7 +74,7 @@ def write_run_page(root: Path, file: Path | None = None) -> Path:
         times=_times(stages),
         legend_of_parts=[(part, f"b{i}") for i, part in enumerate(PARTS)],
         warnings=[text for name, stage in stages.items() for text in _warnings(name, stage)],
-        data=_read_json(root / "data" / "report.json"),
+        data=read_json(root / "data" / "report.json"),
         samples=samples_of(results, {n: root / "eval" / n for n in results}, root / "task"),
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else "",
     )
@@ -87,7 +88,7 @@ def read_stages(root: Path, arms: list[str]) -> dict[str, Stage]:
     for folder in folders:
         rows = read_metrics(folder / "metrics.jsonl")
         if rows:
-            stages[folder.name] = Stage(folder, rows, _read_json(folder / "train_result.json"))
+            stages[folder.name] = Stage(folder, rows, read_json(folder / "train_result.json"))
     return {name: stages[name] for name in _in_order(stages, arms)}
 
 
@@ -200,7 +201,7 @@ def _warnings(name: str, stage: Stage) -> list[str]:
     if alarm is not None:
         saved = stage.folder.glob("checkpoint-*/trainer_state.json")
         newest = max(saved, key=lambda f: int(f.parent.name.rpartition("-")[2]), default=None)
-        history = _read_json(newest).get("guard", {}) if newest else {}
+        history = read_json(newest).get("guard", {}) if newest else {}
         signs = "; ".join(sign["alarm"] for sign in history.values() if sign["alarm"])
         end = f": {signs}." if signs else "."
         warnings.append(f"{name}: the collapse guard raised its first alarm at step {alarm:,}{end}")
@@ -258,7 +259,7 @@ def _questions(folder: Path, task_dir: Path | None) -> dict[str, Any]:
     from redi.evaluation.evaluate import read_questions
     from redi.recipe import make_config
 
-    settings = _read_json(folder / "evaluation.json").get("config", {})
+    settings = read_json(folder / "evaluation.json").get("config", {})
     name = Path(settings.get("dataset_name", ""))
     for file in (name, (task_dir or name.parent) / name.name):
         try:
@@ -270,9 +271,14 @@ def _questions(folder: Path, task_dir: Path | None) -> dict[str, Any]:
 
 
 def _read_recipe(root: Path) -> dict[str, Any]:
+    """What was run: the fields of a RunConfig, of which only some are looked at here."""
     file = root / RECIPE
-    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if not file.exists():
+        return {}
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RediError(f"{file}: not valid YAML: {error}") from None
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("arms", {}), dict):
+        raise RediError(f"{file}: not a recipe that redi run has written; move it away")
+    return recipe

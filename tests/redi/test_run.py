@@ -174,7 +174,7 @@ def test_ctrl_c_says_how_to_continue(tmp_path):
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 0
+    assert process.returncode == 130
     assert "run the same command to continue" in err
     assert "Traceback" not in err
 
