@@ -26,7 +26,24 @@ TEXTS = [
     "", "12 + 34 = 46", "  two spaces, a\ttab\n\nand lines", "Größe 北京 🙂", "<think>so 1+1=2</think>",
     "Don't  stop at 1234567 or 3.14", "<|im_end|><eos></s><|eot_id|>", " a b  c   d",
 ]  # fmt: skip
-PIECES = ["12", " ", "  ", "\n", "+", "=", "a", "The", " the", "stop", "é", "北", "<", "|", ">", "'s"]
+PIECES = [
+    "12",
+    " ",
+    "  ",
+    "\n",
+    "+",
+    "=",
+    "a",
+    "The",
+    " the",
+    "stop",
+    "é",
+    "北",
+    "<",
+    "|",
+    ">",
+    "'s",
+]
 TEXTS += ["".join(random.Random(i).choices(PIECES, k=12)) for i in range(100)]
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")  # Gemma's has a mask in 5, none in 4
 CHAT = [{"role": "user", "content": "12+34=?"}, {"role": "assistant", "content": "46"}]

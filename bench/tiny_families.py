@@ -85,7 +85,13 @@ def tiny_config(model_type: str, *, window: int = WINDOW) -> Any:
 
 # What no rule makes. START: arguments without which the default config is none of a real model.
 START: dict[str, dict[str, Any]] = {
-    "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    "gemma4_assistant": {
+        "text_config": {
+            "model_type": "gemma4_text",
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+        }
+    },
     "lfm2_moe": {"layer_types": (["conv", "full_attention"] * 16)},  # no default
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
@@ -103,7 +109,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "dory": {  # counts attention and MLP apart, in pairs
         "layer_types": ["sliding_attention", "mlp"] * 2 + ["full_attention", "mlp"] * 2,
-        "num_hidden_layers": 8, "n_input_layers": 2, "n_recurrent_layers": 4, "n_output_layers": 2,
+        "num_hidden_layers": 8,
+        "n_input_layers": 2,
+        "n_recurrent_layers": 4,
+        "n_output_layers": 2,
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
     "falcon_h1": {"mamba_d_ssm": 64},  # heads x their size
@@ -139,7 +148,9 @@ def shrink(settings: dict[str, Any], window: int) -> dict[str, Any]:
         elif isinstance(value, list) and kept and len(value) == kept[1]:
             small[name] = _thinned(value, kept[0])
         elif "drop" in name and isinstance(value, int | float):
-            small[name] = type(value)(0)  # training drops nothing, and the reference shall not either
+            small[name] = type(value)(
+                0
+            )  # training drops nothing, and the reference shall not either
         elif name == "is_decoder":
             small[name] = True  # these families are encoders too
         elif value is None and name in NONE_MEANS:

@@ -10,8 +10,8 @@ import numpy as np
 import yaml
 
 from redi.errors import RediError
-from redi.files import read_json
 from redi.evaluation.results import EvalResult, bootstrap, load_result
+from redi.files import read_json
 from redi.monitor import PARTS, read_metrics
 from redi.pages.charts import POINTS, line_chart
 from redi.pages.html import write_page

@@ -42,7 +42,7 @@ def test_a_file_beside_is_never_overwritten(tmp_path):
 )
 def test_names_cannot_leave_the_run(tmp_path, name):
     settings = recipe(tmp_path, arms={name: {}}, baseline=None)
-    with pytest.raises(RediError, match="recipe: arms|cannot be called"):
+    with pytest.raises(RediError, match=r"recipe: arms|cannot be called"):
         make_config(RunConfig, settings, "recipe")
     study = {"output_dir": "o", "results": "r", "seeds": [1], "baseline": name}
     for change in ({"arms": {name: {"learning_rates": [1, 3]}}, "tasks": {}},
