@@ -14,7 +14,7 @@ from redi.config import TrainConfig
 from redi.data.tokenize import Tokenized, Trace
 from redi.distributed import Ranks
 from redi.errors import RediError
-from redi.files import digest_file, write_text
+from redi.files import digest_file, read_json, write_text
 
 RESULT = "train_result.json"
 # Free to differ before and after an interruption: what changes at most rounding, and paths, since
@@ -109,9 +109,14 @@ def read_result(output_dir: Path, identity: dict[str, Any]) -> TrainResult | Non
     file = output_dir / RESULT
     if not file.exists():
         return None
-    content = json.loads(file.read_text())
-    check_same(file, content.pop("identity"), identity)
-    return TrainResult(output_dir, **content)
+    content = read_json(file)
+    try:
+        there = content.pop("identity")
+        result = TrainResult(output_dir, **content)
+    except (KeyError, TypeError):
+        raise RediError(f"{file}: not the result of redi train; move it away") from None
+    check_same(file, there, identity)
+    return result
 
 
 def _starting_model(config: TrainConfig) -> str | dict[str, str]:

@@ -128,7 +128,7 @@ class Study:
         self.recipes = {
             task: load_config(RunConfig, recipe, {}) for task, recipe in config.tasks.items()
         }
-        self.cells: list[Cell] = json.loads(self.file.read_text()) if self.file.exists() else []
+        self.cells: list[Cell] = _read_cells(self.file)
         self.starts: dict[tuple[str, int], Start] = {}
         self.dropped = False
 
@@ -290,6 +290,16 @@ class Study:
         self.cells = cells
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.file, "[\n" + ",\n".join(map(json.dumps, cells)) + "\n]\n")
+
+
+def _read_cells(file: Path) -> list[Cell]:
+    try:
+        cells = json.loads(file.read_text()) if file.exists() else []
+        if not all({"task", "arm", "rate", "seed"} <= cell.keys() for cell in cells):
+            raise ValueError("a cell without task, arm, rate or seed")
+    except (ValueError, AttributeError, TypeError) as error:
+        raise RediError(f"{file}: not the results of a study ({error}); move it away") from None
+    return cells
 
 
 def half_decade(rate: float, *, up: bool) -> float:

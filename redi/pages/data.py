@@ -9,6 +9,7 @@ from typing import Any
 
 from redi.data.detokenize import token_texts
 from redi.data.read import Example, read_rows, to_example
+from redi.data.report import BuildReport
 from redi.data.tokenize import Trace, tokenize_examples
 from redi.errors import RediError
 from redi.pages.charts import histogram
@@ -135,7 +136,7 @@ def write_data_page(folder: Path, file: Path | None = None) -> Path:
     source = folder / "report.json"
     if not source.exists():
         raise RediError(f"{folder}: no report.json; run `redi data build` first")
-    report = json.loads(source.read_text(encoding="utf-8"))
+    report = vars(BuildReport.load(source))
     counts = report["counts"]
     dropped = {what: report[f"dropped_{what}"] for what in ("rows", "traces")}
     examples = report.get("examples", {})

@@ -6,7 +6,6 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
-from test_run import recipe
 
 from redi.config import EvalConfig, RunConfig, StudyConfig
 from redi.errors import RediError
@@ -18,6 +17,18 @@ from redi.pages.data import write_data_page
 from redi.pages.run import write_run_page
 from redi.recipe import make_config
 from redi.run import Job, _make_task, run
+
+
+def recipe(folder, **changes):
+    settings = {
+        "name": "tiny",
+        "output_dir": str(folder / "run"),
+        "task": {"num_problems": 4, "num_pretrain": 0, "num_validation": 1, "num_test": 2},
+        "sft": {"model_name_or_path": "owner/model"},
+        "arms": {"redi": {}},
+        "eval": {"dataset_name": "{task}/test.jsonl"},
+    }
+    return settings | changes
 
 
 def test_a_users_folder_is_never_removed(tmp_path):
@@ -45,8 +56,11 @@ def test_names_cannot_leave_the_run(tmp_path, name):
     with pytest.raises(RediError, match=r"recipe: arms|cannot be called"):
         make_config(RunConfig, settings, "recipe")
     study = {"output_dir": "o", "results": "r", "seeds": [1], "baseline": name}
-    for change in ({"arms": {name: {"learning_rates": [1, 3]}}, "tasks": {}},
-                   {"arms": {"control": {"learning_rates": [1, 3]}}, "tasks": {name: "x"}}):  # fmt: skip
+    rates = {"learning_rates": [1, 3]}
+    for change in (
+        {"arms": {name: rates}, "tasks": {}},
+        {"arms": {"control": rates}, "tasks": {name: "x"}},
+    ):
         if name not in ("eval", "task"):
             with pytest.raises(RediError):
                 make_config(StudyConfig, study | change, "study")
