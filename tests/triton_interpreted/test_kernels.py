@@ -3,8 +3,10 @@
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
+from interpreter import row_invariant_product
 from redi_kernels import reference, token_logprobs
 from redi_kernels import triton as kernels
 from redi_kernels.head import Head
@@ -193,6 +195,23 @@ def test_masked_vocabulary():
         torch.testing.assert_close(dx, dx_small, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(dw[keep], dw_small, rtol=1e-4, atol=1e-6)
         assert (dw[128:290] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 128), (33, 9, 40), (1, 1, 1)], ids=str)
+def test_the_interpreters_dot_knows_no_place(shape):
+    """Any row, anywhere, among any others: the same bits, whatever BLAS numpy has."""
+    M, K, N = shape
+    random = np.random.default_rng(0)
+    a_MK, b_KN = (random.standard_normal(s).astype(np.float32) for s in ((M, K), (K, N)))
+    whole_MN = row_invariant_product(a_MK, b_KN)
+    np.testing.assert_allclose(whole_MN, a_MK.astype(float) @ b_KN, rtol=1e-4, atol=1e-5)
+    for m in range(M):
+        assert np.array_equal(row_invariant_product(a_MK[m : m + 1], b_KN)[0], whole_MN[m])
+        assert np.array_equal(row_invariant_product(a_MK[m:], b_KN), whole_MN[m:])
+        moved_MN = row_invariant_product(np.roll(a_MK, m, axis=0), b_KN)
+        assert np.array_equal(moved_MN, np.roll(whole_MN, m, axis=0))
+    columns_first = np.asfortranarray(a_MK), np.asfortranarray(b_KN)
+    assert np.array_equal(row_invariant_product(*columns_first), whole_MN)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,9 +8,9 @@ from redi_kernels import cpu, fast, reference
 from redi_kernels import triton as kernels
 from redi_kernels.head import Head
 from redi_kernels.triton import config as configs
-from redi_kernels.triton import launch, reduce
+from redi_kernels.triton import launch
 
-T, H, V = 70, 24, 300
+T, H, V = 20, 24, 140  # two tiles of the vocabulary
 NAN, INF = float("nan"), float("inf")
 HEADS = {
     "plain": {},
@@ -19,8 +19,8 @@ HEADS = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # what is spoiled, where: a last row is the one that repeats below a tile's end
-PLACES = {"x": ("x", (69, 3)), "w": ("w", (299, 3)), "w of a target": ("w", (7, 3)),
-          "bias": ("bias", (200,)), "weight": ("weight", (5,))}  # fmt: skip
+PLACES = {"x": ("x", (19, 3)), "w": ("w", (139, 3)), "w of a target": ("w", (7, 3)),
+          "bias": ("bias", (100,)), "weight": ("weight", (5,))}  # fmt: skip
 NAMES = ("logp", "lse", "entropy", "dx", "dw", "db")
 
 
@@ -64,21 +64,25 @@ def dense(x_TH, w_VH, y_T, weight_T, head):
     return *(o.detach() for o in out), *grads
 
 
-@pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("options", HEADS)
-@pytest.mark.parametrize("dtype", DTYPES)
+CASES = [
+    (dtype, options, place, value)
+    for dtype, options in (("fp32", "plain"), ("fp32", "bias"), ("bf16", "all"), ("fp16", "bias"))
+    for place in PLACES
+    for value in ((NAN, INF, -INF) if dtype == "fp32" else (NAN,))
+    if place != "bias" or options != "plain"
+]
+
+
+@pytest.mark.parametrize(("dtype", "options", "place", "value"), CASES)
 def test_no_number_stays_none(monkeypatch, dtype, options, place, value):
-    """Wherever dense has NaN in fp64, every path of both backends has it too. (The reverse need not
-    hold: an infinite logit makes logsumexp infinite and ours NaN.)"""
+    """Wherever dense has NaN in fp64, every path of both backends has it too, or an infinity from
+    an infinity. (The reverse need not hold: an infinite logit's logsumexp is infinite, ours NaN.)"""
     small = dataclasses.replace(configs.INTERPRETER, tma=place == "w")
     monkeypatch.setattr(configs, "select", lambda *_: small)
     monkeypatch.setattr(cpu, "BLOCK_TOKENS", (16, 64))
     x_TH, w_VH, y_T, weight_T, head = problem(DTYPES[dtype], **HEADS[options])
     tensors = {"x": x_TH, "w": w_VH, "bias": head.bias_V, "weight": weight_T}
     name, where = PLACES[place]
-    if tensors[name] is None:
-        return
     tensors[name][where] = value
     masks = place == "bias" and value == -INF  # a token that is not there
     args = x_TH, w_VH, y_T, weight_T, head
@@ -92,9 +96,10 @@ def test_no_number_stays_none(monkeypatch, dtype, options, place, value):
                     continue
                 said = f"{backend.__name__} {path} {what}"
                 if what == "correct":
-                    assert not (got & found[0].isnan()).any(), said
+                    assert not (got & found[0].isnan() & ~true).any(), said
                     continue
-                assert not (true.isnan() & ~got.isnan()).any(), said
+                kept = got.isnan() if value != value else ~got.isfinite()
+                assert not (true.isnan() & ~kept).any(), said
                 if masks and what != "db":
                     assert got.isfinite().all(), said
 
@@ -113,15 +118,14 @@ def test_a_target_outside_the_vocabulary_is_loud():
 
 @pytest.mark.parametrize("value", [NAN, INF], ids=str)
 def test_lost_mass_that_is_no_number(value):
-    problem_ = launch.Problem(
+    spoiled = launch.Problem(
         torch.zeros(2, 16), torch.zeros(40, 16), torch.zeros(2, dtype=torch.long), None, None, 1.0,
         configs.INTERPRETER,
     )  # fmt: skip
-    slab_TV = problem_.slab(40).zero_()
+    slab_TV = spoiled.slab(40).zero_()
     listed = launch.Listed(torch.arange(40), torch.tensor(3, dtype=torch.int32))
-    lost_T = launch.compact(problem_, slab_TV, listed, torch.tensor([value, -1.0]))
+    lost_T = launch.compact(spoiled, slab_TV, listed, torch.tensor([value, -1.0]))
     assert not lost_T[0].isfinite() and lost_T[1] == 0
-    assert reduce.compact_kernel is not None
 
 
 @pytest.mark.parametrize("form", ["strided", "expanded"])
