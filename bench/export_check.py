@@ -23,8 +23,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [
-    "", "12 + 34 = 46", "  two spaces, a\ttab\n\nand lines", "Größe 北京 🙂",
-    "<think>so 1+1=2</think>", "Don't  stop at 1234567 or 3.14", "<|im_end|><eos></s><|eot_id|>", " a b  c   d",
+    "", "12 + 34 = 46", "  two spaces, a\ttab\n\nand lines",
+    "Größe 北京 🙂", "<think>so 1+1=2</think>", "Don't  stop at 1234567 or 3.14",
+    "<|im_end|><eos></s><|eot_id|>", " a b  c   d",
 ]  # fmt: skip
 PIECES = [
     "12",
