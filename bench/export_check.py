@@ -5,9 +5,9 @@
     python bench/export_check.py --transformers FOLDER
 
 Tiny random models of the text families that people serve most, each with a small tokenizer of the
-kind that family has. One stage starts from files as transformers 4 wrote them, a second one from the
-first one's export, a third from the start as transformers 5 saves it; each trains for a step, and
-the exports are read by both versions.
+kind that family has. One stage starts from files as transformers 4 wrote them, a second one from
+the first one's export, a third from the start as transformers 5 saves it; each trains for a step,
+and the exports are read by both versions.
 Servers (vLLM, SGLang) are not run here: they read the same files through their own code.
 """
 
@@ -23,8 +23,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [
-    "", "12 + 34 = 46", "  two spaces, a\ttab\n\nand lines", "Größe 北京 🙂", "<think>so 1+1=2</think>",
-    "Don't  stop at 1234567 or 3.14", "<|im_end|><eos></s><|eot_id|>", " a b  c   d",
+    "", "12 + 34 = 46", "  two spaces, a\ttab\n\nand lines",
+    "Größe 北京 🙂", "<think>so 1+1=2</think>", "Don't  stop at 1234567 or 3.14",
+    "<|im_end|><eos></s><|eot_id|>", " a b  c   d",
 ]  # fmt: skip
 PIECES = [
     "12",
@@ -88,7 +89,8 @@ def read(folder: Path) -> dict[str, Any]:
         "ids": [tokenizer(text)["input_ids"] for text in TEXTS],
         "bare ids": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS],
         "chat": [tokenizer.apply_chat_template(CHAT, tokenize=False),
-                 tokenizer.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True)],
+                 tokenizer.apply_chat_template(CHAT[:1], tokenize=False,
+                                               add_generation_prompt=True)],
         "decoded": [tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True)
                     for text in TEXTS],
         "special": [getattr(tokenizer, f"{name}_id") for name in NAMED],
@@ -139,7 +141,8 @@ def make_exports(root: Path, family: str) -> list[Path]:
     for kind in (AutoModelForCausalLM, AutoTokenizer):
         kind.from_pretrained(root / "start").save_pretrained(root / "saved by 5")
     rows = [{"id": str(i), "prompt": [{"role": "user", "content": f"{i}+{i}=?"}],
-             "chosen": [{"role": "assistant", "content": f"{2 * i}"}]} for i in range(4)]  # fmt: skip
+             "chosen": [{"role": "assistant", "content": str(2 * i)}]}
+            for i in range(4)]  # fmt: skip
     data = root / "data" / "rows.jsonl"
     data.parent.mkdir()
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -147,8 +150,8 @@ def make_exports(root: Path, family: str) -> list[Path]:
     for stage, start in {"first": "start", "second": "first", "third": "saved by 5"}.items():
         out = root / stage
         train({
-            "model_name_or_path": str(root / start), "dataset_name": str(data), "output_dir": str(out),
-            "objective": "sft", "max_steps": 1, "learning_rate": 1e-3,
+            "model_name_or_path": str(root / start), "dataset_name": str(data),
+            "output_dir": str(out), "objective": "sft", "max_steps": 1, "learning_rate": 1e-3,
         })  # fmt: skip
         exports.append(out)
     return exports

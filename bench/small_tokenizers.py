@@ -37,8 +37,11 @@ def write_tokenizer(folder: Path, kind: str) -> int:
     core, config, special = {"qwen": _qwen, "llama3": _llama3, "llama2": _llama2,
                              "gemma": _gemma}[kind]()  # fmt: skip
     core.save(str(folder / "tokenizer.json"))
-    added = {str(core.token_to_id(token)): {"content": token, "special": True, "lstrip": False,
-             "rstrip": False, "normalized": False, "single_word": False} for token in special}  # fmt: skip
+    flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    added = {
+        str(core.token_to_id(token)): {"content": token, "special": True, **flags}
+        for token in special
+    }
     config |= {"added_tokens_decoder": added, "model_max_length": 512}
     config["clean_up_tokenization_spaces"] = False
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

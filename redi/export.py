@@ -189,10 +189,10 @@ def _copy_companions(folder: Path, *sources: Path | None) -> None:
     """Code that a config names (`trust_remote_code`), and what an image's or a sound's way into the
     model needs: a folder that lacks them would not load as its start did."""
     for source in sources:
-        for pattern in COMPANIONS if source is not None else ():
-            for file in source.glob(pattern):
-                if not (folder / file.name).exists():
-                    shutil.copyfile(file, folder / file.name)
+        found = [f for pattern in COMPANIONS for f in source.glob(pattern)] if source else []
+        for file in found:
+            if not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
 
 
 def model_card(config: TrainConfig, steps: int, metrics: dict[str, float]) -> str:

@@ -1,7 +1,7 @@
 """What transformers 4.57, on which servers are built, looks for in a model folder.
 
-transformers 5 writes the same facts elsewhere: rotary positions in `rope_parameters`, special tokens
-and the tokenizer's class under names that 4.57 does not know. Here both get theirs.
+transformers 5 writes the same facts elsewhere: rotary positions in `rope_parameters`, special
+tokens and the tokenizer's class under names that 4.57 does not know. Here both get theirs.
 """
 
 import json
@@ -27,10 +27,8 @@ def tell_rope(folder: Path, config_class: Any) -> None:
 
     def read_after_writing() -> list[dict[str, Any]]:
         write_json(file, settings)
-        return [
-            part["rope_parameters"]
-            for part in _parts(config_class.from_pretrained(folder).to_dict())
-        ]
+        read = config_class.from_pretrained(folder).to_dict()
+        return [part["rope_parameters"] for part in _parts(read)]
 
     settings = json.loads(file.read_text(encoding="utf-8"))
     before = read_after_writing()
@@ -62,11 +60,10 @@ def _old_names(rope: dict[str, Any]) -> dict[str, Any]:
         old = _old_names(per_layer["full_attention"])
         return old | {"rope_local_base_freq": per_layer["sliding_attention"].get("rope_theta")}
     rope = dict(rope)
-    old = {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
-    is_plain = rope.get("rope_type", "default") == "default" and not set(rope) - {
-        "rope_type",
-        "type",
-    }
+    names = ("rope_theta", "partial_rotary_factor")
+    old = {name: rope.pop(name) for name in names if name in rope}
+    has_more = bool(set(rope) - {"rope_type", "type"})
+    is_plain = rope.get("rope_type", "default") == "default" and not has_more
     return old | {"rope_scaling": None if is_plain else rope}
 
 

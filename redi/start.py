@@ -38,7 +38,7 @@ def read_causal_lm(name: str, **options: Any) -> Any:
     check_folder(Path(name))
     try:
         with quietly():
-            lm, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name,
                 use_safetensors=True,  # never unpickle a stranger's file
                 output_loading_info=True,
@@ -47,6 +47,7 @@ def read_causal_lm(name: str, **options: Any) -> Any:
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise RediError(f"{name}: no model could be loaded ({first_line(error)})") from None
+    lm, info = loaded
     if getattr(lm, "_hf_peft_config_loaded", False):  # of a Hub name, whose files come one by one
         raise RediError(_adapter_words(name))
     problems = _misfits(info)
@@ -65,8 +66,8 @@ def check_folder(folder: Path) -> None:
     pickles = sorted(file.name for pattern in ("*.bin", "*.pt") for file in folder.glob(pattern))
     if pickles and not any((folder / name).exists() for name in (WEIGHTS, INDEX)):
         raise RediError(
-            f"{folder}: holds no {WEIGHTS}, and {pickles[0]} is a pickle, which can run code and is "
-            "never opened here; where you trust it, load it with transformers once and save it "
+            f"{folder}: holds no {WEIGHTS}, and {pickles[0]} is a pickle, which can run code and "
+            "is never opened here; where you trust it, load it with transformers once and save it "
             "with save_pretrained, which writes safetensors"
         )
 
@@ -89,8 +90,8 @@ def check_output_dir(config: TrainConfig) -> None:
     foreign = [name for name in ("config.json", WEIGHTS, INDEX) if (out / name).exists()]
     if foreign and not any((out / name).exists() for name in OWN):
         raise RediError(
-            f"output_dir: {config.output_dir} holds a model already ({foreign[0]}) that is no run's "
-            "of redi; choose another output_dir"
+            f"output_dir: {config.output_dir} holds a model already ({foreign[0]}) that no run of "
+            "redi left there; choose another output_dir"
         )
 
 

@@ -15,6 +15,7 @@ import tiny
 import torch
 import yaml
 from safetensors.torch import load_file
+from starts import make_start, settings_for
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint import load as dcp_load
 
@@ -149,6 +150,20 @@ def test_traces_that_mix_run_one_at_a_time_on_ranks_that_shard(fork, tmp_path, o
     assert err.count("in one pack its traces would change each other") == 1
     train(tiny.train_settings(tmp_path / "alone", **changes))
     assert_close(trajectory(tmp_path), trajectory(tmp_path / "alone"))
+
+
+def test_shards_export_what_came_in(fork, tmp_path):
+    """Buffers, which no rank holds in part, and experts, whose names in files are others."""
+    start = make_start(tmp_path / "start", "deepseek_v3")
+    codes, err = fork(tmp_path, settings_for(start))
+    assert codes == [0, 0], err
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "out"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    held = torch.cat([b[name] for name in b if "correction_bias" in name])
+    assert held.abs().min() > 0
+    parts = sorted((tmp_path / "out" / "checkpoint-1").glob("model-*.safetensors"))
+    assert [any("correction_bias" in name for name in load_file(p)) for p in parts] == [True, False]
 
 
 def test_an_error_on_one_rank_ends_all(fork, tmp_path):

@@ -357,6 +357,25 @@ def test_full_disk_at_the_end_keeps_the_checkpoint(straight, tmp_path):
     assert same_bits(straight[0] / "out", tmp_path / "out")
 
 
+def test_a_disk_that_was_always_full_says_that_nothing_is_kept(tmp_path, capsys):
+    class Full(FullDisk):
+        def on_step_end(self, state):
+            if state.step == 1:
+                self.limit(20_000)
+
+    try:
+        with pytest.raises(RediError, match=r"could not be written.*starts anew, since no checkpo"):
+            train(tiny.train_settings(tmp_path), [Full()])
+        with pytest.raises(
+            Interrupted, match=r"NOT saved \(the last save: none\); nothing is saved"
+        ):
+            train(tiny.train_settings(tmp_path), [Full(), Signal(3, signal.SIGTERM)])
+    finally:
+        FullDisk().limit(FullDisk.NONE)
+    assert "checkpoint-2 NOT saved: " in (err := capsys.readouterr().err)
+    assert "the last save: none" in err
+
+
 def test_small_rates_move_the_weights(tmp_path):
     """At lr 1e-6 weights kept in bf16 stay where they are; fp32 masters move under bf16 compute as
     they do under fp32."""
