@@ -154,8 +154,9 @@ class Reference:
         from redi.schedule import Schedule
 
         self.lm.train()
-        schedule, optimizer = Schedule(len(self.data.traces), self.config), make_optimizer(
-            self.lm, self.config
+        schedule, optimizer = (
+            Schedule(len(self.data.traces), self.config),
+            make_optimizer(self.lm, self.config),
         )
         for step in range(self.steps):
             pairs = [self.data.traces[i] for i in schedule.examples(step)]
@@ -267,9 +268,7 @@ def _patch(reference: Reference) -> None:
     expected = -logp_T.gather(1, ids[0, 1:, None]).mean()
     expected.backward()
     _same("loss", loss.item(), expected.item(), LOSS * max(1, expected.item()))
-    grads = [
-        {n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (lm, own)
-    ]
+    grads = [{n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (lm, own)]
     misses = {n: grads[0].get(n, torch.zeros(())) - grad for n, grad in grads[1].items()}
     _compare("gradient", misses, grads[1])
 

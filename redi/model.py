@@ -41,7 +41,7 @@ class PackedLM(nn.Module):
         """`autocast`: compute in bfloat16 on a CPU (on CUDA the sharding policy casts)."""
         super().__init__()
         try:
-            anatomy.body_of(lm), anatomy.blocks_of(lm), anatomy.output_layer(lm).weight  # noqa: B018
+            anatomy.body_of(lm), anatomy.blocks_of(lm), anatomy.output_layer(lm).weight
         except (TypeError, AttributeError) as error:
             raise RediError(f"{error}: this family cannot be trained here") from None
         attention.register()

@@ -27,7 +27,10 @@ def tell_rope(folder: Path, config_class: Any) -> None:
 
     def read_after_writing() -> list[dict[str, Any]]:
         write_json(file, settings)
-        return [part["rope_parameters"] for part in _parts(config_class.from_pretrained(folder).to_dict())]
+        return [
+            part["rope_parameters"]
+            for part in _parts(config_class.from_pretrained(folder).to_dict())
+        ]
 
     settings = json.loads(file.read_text(encoding="utf-8"))
     before = read_after_writing()
@@ -64,7 +67,10 @@ def _old_names(rope: dict[str, Any]) -> dict[str, Any]:
         return old | {"rope_local_base_freq": per_layer["sliding_attention"].get("rope_theta")}
     rope = dict(rope)
     old = {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
-    is_plain = rope.get("rope_type", "default") == "default" and not set(rope) - {"rope_type", "type"}
+    is_plain = rope.get("rope_type", "default") == "default" and not set(rope) - {
+        "rope_type",
+        "type",
+    }
     return old | {"rope_scaling": None if is_plain else rope}
 
 

@@ -1,6 +1,5 @@
 """Single families through the checks of `make families`, which tries them all."""
 
-import sys
 from pathlib import Path
 
 import pytest
