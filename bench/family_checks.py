@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import transformers
 from redi_kernels.hf import patch
-from tiny_families import VOCAB, perturb, tiny_config
+from tiny_families import perturb, tiny_config
 from torch import Tensor
 
 from redi import distributed

@@ -61,10 +61,13 @@ def checkpoint_activations(lm: Any, how: str, kept_blocks: int) -> None:
     if how == "selective":
         keep_attention = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
         options["context_fn"] = keep_attention
-    if hasattr(lm, "activation_checkpointing_enable"):  # the name from transformers 5.2x on
-        lm.activation_checkpointing_enable(options)
-    else:
-        lm.gradient_checkpointing_enable(options)
+    try:
+        if hasattr(lm, "activation_checkpointing_enable"):  # the name from transformers 5.2x on
+            lm.activation_checkpointing_enable(options)
+        else:
+            lm.gradient_checkpointing_enable(options)
+    except ValueError as error:  # jetmoe
+        raise RediError(f"gradient_checkpointing: {how}: {error} Set it to none") from None
     if how == "selective":
         layers = blocks_of(lm)
         for layer in layers[max(len(layers) - kept_blocks, 0) :]:

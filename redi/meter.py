@@ -39,13 +39,13 @@ def attention_width(model_config: Any) -> int:
 
 
 def model_flops(lm: Any, seqlens: list[int]) -> float:
-    """FLOP of one forward and backward over whole traces: 6 for each weight of a matmul and token,
-    and causal attention (half of the square), less where a window hides keys. Recomputation does
-    not count (that is what makes it MFU)."""
+    """FLOP of one forward and backward over whole traces: 6 for each weight of a matmul and token
+    (of the experts, those a token is sent to), and causal attention (half of the square), less
+    where a window hides keys. Recomputation does not count (that is what makes it MFU)."""
     config = lm.config.get_text_config(decoder=True)
     layers = blocks_of(lm)
     weights = sum(p.numel() for p in layers.parameters() if p.ndim >= 2)
-    weights += output_layer(lm).weight.numel()
+    weights += output_layer(lm).weight.numel() - idle_weights(lm)
     width = attention_width(config)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
     window = getattr(config, "sliding_window", None)
@@ -55,6 +55,32 @@ def model_flops(lm: Any, seqlens: list[int]) -> float:
         whole, windowed = n * n / 2, n * n / 2 - hidden * hidden / 2
         seen += sum(windowed if kind == "sliding_attention" else whole for kind in kinds)
     return 6.0 * weights * sum(seqlens) + 12.0 * width * seen
+
+
+def idle_weights(lm: Any) -> int:
+    """Weights of the experts that a token is not sent to.
+
+    An expert is known by its place: the first dimension of a stacked weight is a number of experts
+    in the config, or it is one of the modules of a list named `experts`. How many a token is sent
+    to, its router says (`top_k`), or the config.
+    """
+    config = lm.config.get_text_config(decoder=True)
+    counts = {v for k, v in vars(config).items() if "expert" in k and type(v) is int and v > 1}
+    known = (getattr(module, "top_k", None) for module in lm.modules())
+    chosen = next((k for k in known if type(k) is int), None)
+    chosen = chosen or getattr(config, "num_experts_per_tok", None)
+    if not chosen:
+        return 0
+    idle = 0.0
+    for name, module in lm.named_modules():
+        if isinstance(module, nn.ModuleList) and name.endswith("experts"):
+            total = sum(p.numel() for p in module.parameters())
+            idle += total * max(0, 1 - chosen / max(len(module), 1))
+        stacked = [p for p in module.parameters(recurse=False) if p.ndim == 3]
+        for p in stacked if not isinstance(module, nn.Conv1d) else []:
+            if p.shape[0] in counts:
+                idle += p.numel() * max(0, 1 - chosen / p.shape[0])
+    return round(idle)
 
 
 class Meter:

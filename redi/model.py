@@ -20,7 +20,7 @@ from redi import attention, blocks, selfcheck
 from redi.config import TrainConfig
 from redi.data.pack import Pack
 from redi.errors import RediError
-from redi.meter import attention_width
+from redi.meter import attention_width, idle_weights
 from redi.start import first_line, read_causal_lm
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -106,9 +106,9 @@ class PackedLM(nn.Module):
     def cost_of_squares(self) -> float:
         """What a squared token costs beside a token: a trace of n tokens takes 2 P n FLOP in the
         weights and, causally, 2 L A D n^2 in attention (backward doubles both)."""
-        num_parameters = sum(p.numel() for p in self.parameters())
+        num_active = sum(p.numel() for p in self.parameters()) - idle_weights(self.lm)
         num_blocks = len(anatomy.blocks_of(self.lm))
-        return num_blocks * attention_width(self.lm.config) / num_parameters
+        return num_blocks * attention_width(self.lm.config) / num_active
 
 
 @torch.no_grad()

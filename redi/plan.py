@@ -13,7 +13,7 @@ from redi_kernels.anatomy import blocks_of
 
 from redi.config import TrainConfig
 from redi.errors import RediError
-from redi.meter import PEAK_FLOPS, model_flops
+from redi.meter import PEAK_FLOPS, idle_weights, model_flops
 from redi.model import PackedLM, load_model, load_model_config
 from redi.objectives import NEEDS_PAIRS
 from redi.rehearsal import Bytes, rehearse
@@ -195,9 +195,10 @@ def _what(planner: Planner, schedule: Schedule, source: str) -> list[tuple[str, 
         {0, schedule.warmup_steps - 1, schedule.total_steps // 2, schedule.total_steps - 1}
     )
     name, count = type(planner.model.lm).__name__, Sizes.of(planner.model).all
+    idle = idle_weights(planner.model.lm)
     return [
         ("objective", config.stage),
-        ("model", f"{name}, {count:,} parameters"),
+        ("model", f"{name}, {count:,} parameters" + (f", {count - idle:,} active" if idle else "")),
         ("context", f"{_positions(architecture)}, {_rope(architecture)}"),
         ("data", f"{schedule.num_examples:,} {unit} ({source})"),
         ("steps", f"{schedule.total_steps:,} of {config.train_batch_size} {unit} "

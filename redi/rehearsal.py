@@ -79,7 +79,7 @@ def _from_few_blocks(
 
     def of(*layers: str) -> Bytes:
         if layers not in measured:
-            measured[layers] = _micro_batch(config, model_config, layers, seqlens, cuda)
+            measured[layers] = _whatever_runs(config, model_config, layers, seqlens, cuda)
         return measured[layers]
 
     # One of each, the last ones in place: there the backward, and mostly the peak, begins.
@@ -90,6 +90,24 @@ def _from_few_blocks(
             more = getattr(of(kind, *each), moment) - getattr(of(*each), moment)
             total[moment] += more * (kinds.count(kind) - 1)
     return Bytes(**total)
+
+
+def _whatever_runs(
+    config: TrainConfig, model_config: Any, kinds: tuple[str, ...], seqlens: tuple[int, ...],
+    cuda: bool,
+) -> Bytes:  # fmt: skip
+    """The pack, or its longest trace where a family takes one at a time (redi/selfcheck.py)."""
+    for traces in (seqlens, seqlens[:1]):
+        try:
+            return _micro_batch(config, model_config, kinds, traces, cuda)
+        except RediError:
+            raise
+        except Exception as error:
+            problem = error  # else Python forgets it
+    raise RediError(
+        f"{model_config.model_type}: its memory cannot be counted, since it does not run on shapes "
+        f"({type(problem).__name__}: {str(problem).strip().splitlines()[0]})"
+    ) from problem
 
 
 def _micro_batch(

@@ -136,6 +136,21 @@ def test_two_ranks_continue_as_one_then_as_four(fork, one, tmp_path):
     assert all(torch.equal(read[f"lm.{name}"], exported[name]) for name in exported)
 
 
+@pytest.mark.parametrize("objective", ["redi", "simpo"])
+def test_traces_that_mix_run_one_at_a_time_on_ranks_that_shard(fork, tmp_path, objective):
+    """The check runs on sharded weights, and its failed forward leaves them as they were; then all
+    ranks run equally many forwards (a pair's two in one)."""
+    layers = ["conv", "full_attention", "conv"]  # a pack of theirs is refused by transformers
+    changes = {"architecture": tiny.architecture("lfm2", layer_types=layers), "max_steps": 3}
+    changes["objective"] = objective
+    settings = tiny.train_settings(tmp_path, **changes)
+    codes, err = fork(tmp_path, settings)
+    assert codes == [0, 0], err
+    assert err.count("in one pack its traces would change each other") == 1
+    train(tiny.train_settings(tmp_path / "alone", **changes))
+    assert_close(trajectory(tmp_path), trajectory(tmp_path / "alone"))
+
+
 def test_an_error_on_one_rank_ends_all(fork, tmp_path):
     fault = AT_STEP.format(step=3, rank=1, fault="raise ValueError('the cable is loose')")
     codes, err = fork(tmp_path, tiny.train_settings(tmp_path), 2, fault)

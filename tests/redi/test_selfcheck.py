@@ -262,6 +262,12 @@ def test_routers_that_draw_draw_alike_when_resumed(tmp_path):
     assert [row["loss"] for row in whole] == [row["loss"] for row in cut]
 
 
+def test_a_family_without_checkpointing_says_so(tmp_path):
+    architecture = tiny.architecture("jetmoe", **MOE)
+    with pytest.raises(RediError, match="gradient_checkpointing: full: JetMoeForCausalLM does not"):
+        load_model(recipe(tmp_path, architecture=architecture, gradient_checkpointing="full"))
+
+
 def test_norms_that_are_matrices_do_not_decay(tmp_path):
     model = PackedLM(build("cohere", use_qk_norm=True))
     decayed, kept = (

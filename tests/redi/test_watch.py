@@ -128,6 +128,11 @@ def test_flops_of_a_model(lm):
     attention = 3 * 4 * 40 * 40 * 32  # layers x (QK and PV: 2 T T width each), as eager does it
     assert model_flops(lm, [40]) == 3 * (full - attention / 2)
     assert model_flops(lm, [20, 20]) == 3 * (full - attention * 3 / 4)
+    # Of the experts, those that a token is sent to.
+    sizes = {"num_experts_per_tok": 2, "tie_word_embeddings": True, "pad_token_id": 0}
+    few, many = (tiny.make_lm("mixtral", num_local_experts=n, **sizes) for n in (2, 8))
+    routers = 6 * 3 * 6 * 32 * 40  # 6 more columns of each of 3 routers
+    assert model_flops(many, [40]) == model_flops(few, [40]) + routers
     windowed = tiny.make_lm("mistral", tie_word_embeddings=True)
     windowed.config.layer_types = ["sliding_attention"] * 3
     kept = 40 * 40 / 2 - 34 * 34 / 2  # of the scores, with a window of 6

@@ -178,6 +178,87 @@ def test_a_family_with_logits_of_its_own_making_is_refused():
     assert "forward" not in vars(lm)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("bart", {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2}, "own loss is"),
+        ("recurrent_gemma", {"logits_soft_cap": 30.0}, None),
+        ("opt", {"word_embed_proj_dim": 32, "ffn_dim": 48}, None),
+        ("mixtral", {"num_local_experts": 2, "output_router_logits": True}, "balancing loss"),
+    ],
+)
+def test_families_are_judged_by_their_own_loss(family, changes, message, batch):
+    """As transformers makes them, with small weights: nothing has to stand out."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**tiny.BASE, "pad_token_id": 0, **changes})
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            patch(lm)
+        return
+    own = lm(**batch, use_cache=False).loss
+    torch.testing.assert_close(patch(lm)(**batch).loss, own)
+
+
+def test_a_masked_model_is_refused():
+    """EuroBERT's `*ForMaskedLM` has `.model` and `.lm_head` too."""
+    from transformers import EuroBertConfig, EuroBertForMaskedLM
+
+    lm = EuroBertForMaskedLM(EuroBertConfig(**{**tiny.BASE, "pad_token_id": 0}))
+    with pytest.raises(ValueError, match="own loss is"):
+        patch(lm)
+
+
+def test_a_cap_that_the_config_calls_otherwise_is_found():
+    class Capped(Qwen2ForCausalLM):
+        def forward(self, *args, labels=None, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = 30 * torch.tanh(out.logits / 30)
+            if labels is not None:
+                out.loss = self.loss_function(out.logits, labels, self.config.vocab_size)
+            return out
+
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(ValueError, match="log-probs are off"):
+            patch(Capped(tiny.make_lm(scale=1.0).config).to(dtype))
+
+
+@pytest.mark.parametrize("family", ["qwen2", *SHAPED])
+def test_right_families_are_accepted_in_bfloat16(family):
+    patch((tiny.make_lm(family) if family == "qwen2" else make_shaped(family)).bfloat16())
+
+
+def test_router_losses_of_a_nested_config_are_refused(batch):
+    lm = patch(tiny.make_lm("mixtral", num_local_experts=2, pad_token_id=0))
+    lm(**batch)
+    lm.config.text_config = AutoConfig.for_model("mixtral", output_router_logits=True)
+    with pytest.raises(ValueError, match="balancing loss"):
+        lm(**batch)
+    with pytest.raises(ValueError, match="balancing loss"):
+        patch(unpatch(lm))
+
+
+def test_a_hook_on_the_head_is_found(batch):
+    """It would change the logits, which the loss never makes."""
+    lm = patch(tiny.make_lm())
+    hook = lm.lm_head.register_forward_hook(lambda module, args, out: out * 2)
+    with pytest.raises(TypeError, match="lm_head has a hook"):
+        lm(**batch)
+    hook.remove()
+    lm(**batch)
+
+
+def test_packs_are_refused_where_they_mix_traces(batch):
+    lm = patch(tiny.make_lm("minimax", pad_token_id=0))
+    lm(**batch)  # one sequence a row is right
+    ids = batch["input_ids"][:1]
+    positions = torch.cat([torch.arange(9), torch.arange(8)])[None]
+    with pytest.raises(ValueError, match="traces end to end in one row change each other"):
+        lm(input_ids=ids, labels=ids, position_ids=positions)
+    right = patch(tiny.make_lm())
+    right(input_ids=ids, labels=ids, position_ids=positions)
+
+
 def test_what_cannot_be_right_is_refused(batch):
     with pytest.raises(TypeError, match=r"\.lm_head"):
         patch(torch.nn.Linear(2, 2))
