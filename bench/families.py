@@ -1,4 +1,4 @@
-"""What becomes of every causal-LM family of the installed transformers: the table of docs/models.md.
+"""What becomes of every causal-LM family of the installed transformers: docs/models.md.
 
     python bench/families.py --write docs/models.md     (make families)
     python bench/families.py --quick                     (make families-quick) one step, no modes
@@ -151,7 +151,7 @@ def _serve(todo: "Queue[str]", keep: Any, quick: bool) -> None:
         else:
             code = child.wait()
             keep({"family": name, "outcome": "crashed",
-                  "why": f"the process ended with {code} (killed after {LIMIT:g} s if -9)"})  # fmt: skip
+                  "why": f"the process ended with {code} (-9: after {LIMIT:g} s)"})  # fmt: skip
     if child is not None:
         child.stdin.close()
         child.wait()

@@ -12,24 +12,24 @@ KINDS = {
 MODES = ("none", "selective", "full", "offload")
 HEAD = """# Models
 
-Which families of `transformers` the trainer and `patch` are right for, tried one by one: **written by
-`make families`**, not by hand, with torch {torch} and transformers {transformers} on a CPU.
+Which families of `transformers` the trainer and `patch` are right for, tried one by one: **written
+by `make families`**, not by hand, with torch {torch} and transformers {transformers} on a CPU.
 
-A tiny random model of every family that `AutoModelForCausalLM` knows, each of its mechanisms in use
-(windows shorter than the traces, several experts, caps, scales, one layer of each kind, every weight
-and saved buffer moved off its initial value), is trained by `redi train` for two REDI steps and by
-transformers alone: eager attention, one trace at a time, the model's own logits, the same AdamW. **Right**
-means that loss, gradient norm and every weight agree to float32 rounding, and that the exported folder
-gives the reference's logits when transformers reads it again. A refusal is one sentence before the
-first step; nothing trains wrong in silence.
+A tiny random model of every family that `AutoModelForCausalLM` knows, each of its mechanisms in
+use (windows shorter than the traces, several experts, caps, scales, one layer of each kind, every
+weight and saved buffer moved off its initial value), is trained by `redi train` for two REDI steps
+and by transformers alone: eager attention, one trace at a time, the model's own logits, the same
+AdamW. **Right** means that loss, gradient norm and every weight agree to float32 rounding, and
+that the exported folder gives the reference's logits when transformers reads it again. A refusal
+is one sentence before the first step; nothing trains wrong in silence.
 
 {counts}
 
-Columns: *in a pack* is how traces run (`one by one`: its traces would change each other in a pack, so
-each runs by itself, which is right and slower); *patch* is `redi_kernels.hf.patch`; the checkpointing
-modes are those of `gradient_checkpointing` (all agree with the reference's gradient, or are refused);
-*export* is the folder read again. This machine has neither mamba's nor flash-linear-attention's
-kernels, which let some hybrids run in packs.
+Columns: *in a pack* is how traces run (`one by one`: its traces would change each other in a pack,
+so each runs by itself, which is right and slower); *patch* is `redi_kernels.hf.patch`; the
+checkpointing modes are those of `gradient_checkpointing` (all agree with the reference's gradient,
+or are refused); *export* is the folder read again. This machine has neither mamba's nor
+flash-linear-attention's kernels, which let some hybrids run in packs.
 """
 
 

@@ -23,37 +23,104 @@ LAYER_COUNTS = (
 )  # fmt: skip
 # The first rule whose pattern is the whole name counts. A function gets the family's own value.
 RULES: list[tuple[str, Any]] = [
-    ("chunk_size_feed_forward|num_logits_to_keep|num_labels|pretraining_tp|type_vocab_size|num_channels|in_channels", None),
-    (r"(unpadded_|padded_|decoder_)?vocab_size(_per_layer_input)?|ngram_vocab_size_base|n_vocab|encoder_hash_byte_group_vocab", VOCAB),
+    (
+        "chunk_size_feed_forward|num_logits_to_keep|num_labels|pretraining_tp|"
+        "type_vocab_size|num_channels|in_channels",
+        None,
+    ),
+    (
+        r"(unpadded_|padded_|decoder_)?vocab_size(_per_layer_input)?|ngram_vocab_size_base|"
+        r"n_vocab|encoder_hash_byte_group_vocab",
+        VOCAB,
+    ),
     ("pad_token_id|pad_index", PAD),
     ("bos_token_id|decoder_start_token_id", BOS),
     ("eos_token_id|forced_eos_token_id|sep_token_id", EOS),
     (r".*_token_(id|index)|.*vocab_offset", MARK),
     ("|".join(LAYER_COUNTS), LAYERS),
     ("num_kv_shared_layers", lambda n: min(n, 2)),
-    ("n_(input|recurrent|output)_layers|num_dense_layers|first_k_dense_replace", lambda n: min(n, 1)),
-    (r"(attn|expert|full_attention|layer|moe|hybrid)?_?(layer|layers)?_?(period|interval|freq|frequency)|.*sliding_window_pattern|.*_every_n_layers|.*_layer_interval|layer_group_size|interleave_moe_layer_step|n_layers_per_attn_res_block", lambda n: min(n, 2)),
+    (
+        "n_(input|recurrent|output)_layers|num_dense_layers|first_k_dense_replace",
+        lambda n: min(n, 1),
+    ),
+    (
+        r""
+        r"(attn|expert|full_attention|layer|moe|hybrid)?_?(layer|layers)?_?(period|interval|freq|frequency)|"
+        r".*sliding_window_pattern|.*_every_n_layers|.*_layer_interval|layer_group_size|"
+        r"interleave_moe_layer_step|n_layers_per_attn_res_block",
+        lambda n: min(n, 2),
+    ),
     ("attn_layer_offset|expert_layer_offset", 1),
     ("mamba_n_heads|n_mamba_heads", lambda n: min(n, 8)),
-    (r"(num|n|.*_num|.*_n)_(key_value|kv|query)_?(heads|groups)|kv_n_heads|.*num_kv_heads|multi_query_group_num", lambda n: min(n, 2)),
+    (
+        r"(num|n|.*_num|.*_n)_(key_value|kv|query)_?(heads|groups)|kv_n_heads|.*num_kv_heads|"
+        r"multi_query_group_num",
+        lambda n: min(n, 2),
+    ),
     (r"(linear_)?num_key_heads|linear_num_key_heads", 2),
-    (r".*(num|n)_?(attention_|value_|linear_|key_|q_)*heads|n_head|.*attention_heads|num_heads|heads_per_ngram", 4),
+    (
+        r".*(num|n)_?(attention_|value_|linear_|key_|q_)*heads|n_head|.*attention_heads|"
+        r"num_heads|heads_per_ngram",
+        4,
+    ),
     ("num_attention_heads_per_layer", None),
     ("qk_rope_head_dim|qk_nope_head_dim|rotary_dim", 4),
-    (r".*head_dim|d_kv|d_head|dim_head|kv_channels|mamba_d_head|head_size|mamba_headdim|time_step_rank|mamba_dt_rank", 8),
-    (r"(n|num|moe_num|n_routed|num_local|num_routed|moe_n|zero|num_zero)_?(routed_|local_)?experts|zero_expert_num", 4),
-    (r"(num_|n_)?experts_per_(tok|token)|(moe_)?top_?k|moe_k|num_selected_experts|num_experts_per_tok(en)?|moe_topk|num_experts_per_topk", 2),
+    (
+        r".*head_dim|d_kv|d_head|dim_head|kv_channels|mamba_d_head|head_size|mamba_headdim|"
+        r"time_step_rank|mamba_dt_rank",
+        8,
+    ),
+    (
+        r""
+        r"(n|num|moe_num|n_routed|num_local|num_routed|moe_n|zero|num_zero)_?(routed_|local_)?experts|"
+        r"zero_expert_num",
+        4,
+    ),
+    (
+        r"(num_|n_)?experts_per_(tok|token)|(moe_)?top_?k|moe_k|num_selected_experts|"
+        r"num_experts_per_tok(en)?|moe_topk|num_experts_per_topk",
+        2,
+    ),
     (r"(moe_)?(num|n)_shared_experts|moe_num_shared_experts", lambda n: min(n, 1)),
     ("n_group|num_expert_group", lambda n: min(n, 2)),
     ("topk_group", 1),
-    (r".*(intermediate|ffn).*(size|dim)(_mlp)?|.*ffn_dim|dff|dim_ff|d_ff|ffn_hidden_size|n_inner|d_inner|.*feed_forward.*(size|dim|proj)|intermediate_size_mlp|mlp_dim|mlp_hidden_size", 48),
+    (
+        r".*(intermediate|ffn).*(size|dim)(_mlp)?|.*ffn_dim|dff|dim_ff|d_ff|ffn_hidden_size|"
+        r"n_inner|d_inner|.*feed_forward.*(size|dim|proj)|intermediate_size_mlp|mlp_dim|"
+        r"mlp_hidden_size",
+        48,
+    ),
     (r"q_lora_rank|kv_lora_rank|o_lora_rank|.*lowrank|.*_rank|adapter_rank|.*lora_dim", 8),
     ("hidden_size_per_layer_input", 8),
-    (r"hidden_size.*|d_model|n_embd|dim|embed_dim|emb_dim|embedding_size|word_embed_proj_dim|lru_width|ple_embed_dim|.*hidden_dim|vision_output_dim|out_hidden_size|projection_dim|mamba_d_ssm|embedding_dim|cross_attention_hidden_size|d_embed|adapter_(in|out)_dim|backbone_hidden_size", HIDDEN),
-    (r"max_position_embeddings|n_positions|max_seq_len|n_ctx|seq_length|model_max_length|max_sequence_length|.*original_max_position_embeddings|max_source_positions|max_target_positions|context_length|num_position_embeddings|max_length|position_embedding_size", POSITIONS),
-    (r"sliding_window(_size)?|window_size|attention_window(_size)?|attention_chunk_size|keep_window_size|local_attention_window_len|swa_window|local_attention|rel_extent|index_topk", WINDOW),
-    (r"(mamba_)?(chunk_size|block_size)|.*_chunk_(size|length)|index_block_size|indexer_block_size|floor_scale|log_scaling_n_floor", lambda n: WINDOW if n and n > 1 else n),
-    (r"(mamba_|ssm_)?(d_)?state(_size)?|ssm_state_size|mamba_n_groups|n_groups|o_groups", lambda n: min(n, 8) if n > 2 else n),
+    (
+        r"hidden_size.*|d_model|n_embd|dim|embed_dim|emb_dim|embedding_size|"
+        r"word_embed_proj_dim|lru_width|ple_embed_dim|.*hidden_dim|vision_output_dim|"
+        r"out_hidden_size|projection_dim|mamba_d_ssm|embedding_dim|"
+        r"cross_attention_hidden_size|d_embed|adapter_(in|out)_dim|backbone_hidden_size",
+        HIDDEN,
+    ),
+    (
+        r"max_position_embeddings|n_positions|max_seq_len|n_ctx|seq_length|model_max_length|"
+        r"max_sequence_length|.*original_max_position_embeddings|max_source_positions|"
+        r"max_target_positions|context_length|num_position_embeddings|max_length|"
+        r"position_embedding_size",
+        POSITIONS,
+    ),
+    (
+        r"sliding_window(_size)?|window_size|attention_window(_size)?|attention_chunk_size|"
+        r"keep_window_size|local_attention_window_len|swa_window|local_attention|rel_extent|"
+        r"index_topk",
+        WINDOW,
+    ),
+    (
+        r"(mamba_)?(chunk_size|block_size)|.*_chunk_(size|length)|index_block_size|"
+        r"indexer_block_size|floor_scale|log_scaling_n_floor",
+        lambda n: WINDOW if n and n > 1 else n,
+    ),
+    (
+        r"(mamba_|ssm_)?(d_)?state(_size)?|ssm_state_size|mamba_n_groups|n_groups|o_groups",
+        lambda n: min(n, 8) if n > 2 else n,
+    ),
     ("attention_hidden_size", lambda n: 2 * HIDDEN if n in (7424, 5120) else HIDDEN),
     ("image_size", 8),
     ("(vision_)?patch_size", 4),
