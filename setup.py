@@ -71,7 +71,7 @@ setup(
         "pyyaml>=6.0.2",
         "rich>=13.9",
         "safetensors>=0.8",
-        "typer>=0.16",
+        "typer>=0.20",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["redi = redi.cli:main"]},

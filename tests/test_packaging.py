@@ -10,6 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import floors
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -116,3 +117,16 @@ def test_import_stays_light(package: str, forbidden: list[str], tmp_path: Path) 
     loaded = python(f"import sys, {package}; print(*sys.modules)", tmp_path).split()
     assert package in loaded
     assert [name for name in forbidden if name in loaded] == []
+
+
+def test_every_requirement_names_its_oldest_version(tmp_path: Path) -> None:
+    """`make test-oldest` installs what this reads out of setup.py, and nothing else says it."""
+    found = floors.floors()
+    assert {"torch", "triton", "transformers", "numpy", "trl", "tensorboard"} <= set(found)
+    assert len(found) == len(floors.requirements())
+    missing = tmp_path / "setup.py"
+    missing.write_text(
+        "from setuptools import setup\nsetup(install_requires=['numpy'], extras_require={})\n"
+    )
+    with pytest.raises(ValueError, match="'numpy' names no oldest version"):
+        floors.floors(missing)

@@ -1,5 +1,6 @@
 """torch.compile, autocast, fake tensors, double backward, DTensor and FSDP2."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from redi_kernels import (
 )
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 T, V, H = 96, 37, 16
 CU = torch.arange(0, T + 1, 12, dtype=torch.int32)
@@ -167,6 +169,26 @@ def test_loss_head_is_the_plain_call() -> None:
     assert head.weight.grad is not None and head.bias.grad is not None
     assert set(dict(head.named_parameters())) == {"weight", "bias"}
     assert "vocab=37, hidden=16" in repr(head)
+
+
+def test_results_are_pytrees() -> None:
+    """Where FSDP2 of torch 2.11 looks for the tensors of LossHead's output."""
+    x_TH, w_VH, _, y_T = leaves()
+    head = LossHead(nn.Parameter(w_VH.detach()))
+    results = [
+        head(sft_loss, x_TH, y_T),
+        head(redi_loss, x_TH, y_T, CU, IS_CHOSEN),
+        head(dpo_loss, x_TH, y_T, CU, IS_CHOSEN, torch.zeros(len(IS_CHOSEN))),
+        head(token_logprobs, x_TH, y_T, tolerance=2.0),
+        sequence_logprobs(head(token_logprobs, x_TH, y_T).logp_T, CU),
+    ]
+    for result in results:
+        tensors, spec = tree_flatten(result)
+        assert any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
+        assert not any(dataclasses.is_dataclass(t) for t in tensors)
+        again = tree_unflatten(tensors, spec)
+        assert type(again) is type(result)
+        assert all(a is b for a, b in zip(tree_flatten(again)[0], tensors, strict=True))
 
 
 def test_fsdp2_shards_the_head_and_gives_the_whole_gradient(tmp_path: Path) -> None:
