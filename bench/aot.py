@@ -4,7 +4,8 @@
     python bench/aot.py --arch 90              one architecture
 
 Gates, for sm_80 and sm_90: no register spills (LDL/STL), shared memory within what a block may
-have, tensor-core instructions inside a loop of every matmul. sm_100 and gfx942 are compiled and
+have, tensor-core instructions inside a loop of every matmul, and the clamps of a result and of a
+masked logit in the form that keeps a NaN. sm_100 and gfx942 are compiled and
 reported. No GPU is needed: the library's own functions run on small CPU tensors, with Triton's
 driver replaced by one that names the target and never launches, so what is compiled is what would
 be launched there, specialisations included.
@@ -64,6 +65,7 @@ class Compiled:
     shared: int = 0
     in_loop: int = 0  # tensor-core instructions inside a loop
     instructions: int = 0
+    keeps_nan: bool = True
     counts: dict[str, int] = field(default_factory=dict)
 
     def problems(self) -> list[str]:
@@ -76,6 +78,8 @@ class Compiled:
             found.append(f"{self.shared} bytes of shared memory")
         if is_matmul and self.dtype == "bf16" and not self.in_loop:
             found.append("no tensor-core instruction in a loop")
+        if not self.keeps_nan:
+            found.append("a clamp that turns NaN into a number")
         return found
 
 
@@ -153,10 +157,12 @@ def describe(arch, dtype, function, kernel, kwargs) -> Compiled:
 
 
 def inspect(row: Compiled, kernel) -> None:
-    """Registers, spills and instruction counts from the binary."""
+    """Registers, spills and instruction counts from the binary; clamps from the PTX."""
     if "cubin" not in kernel.asm:
         _inspect_amd(row, kernel.asm["amdgcn"])
         return
+    if row.kernel == "reduce_kernel" or "has_bias" in row.variant.split():
+        row.keeps_nan = re.search(r"m(in|ax)\.NaN\.f32", kernel.asm["ptx"]) is not None
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

@@ -7,7 +7,7 @@ import torch
 
 
 def pytest_collection_modifyitems(config, items):
-    # The longest files first, so that under pytest-xdist no worker is left alone with one at the end.
+    # The longest files first: under pytest-xdist no worker is left alone with one at the end.
     items.sort(key=lambda item: item.path.parent.name != "triton_interpreted")
     if sys.platform != "linux":  # Triton has no builds for it: these tests have no subject there
         off = [item for item in items if item.get_closest_marker("linux")]

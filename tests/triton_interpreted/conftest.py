@@ -39,7 +39,7 @@ class Process:
             pass_fds=[write], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         os.close(write)
-        self.lines = open(read)
+        self.lines = os.fdopen(read)
 
     def reports(self, item):
         """The test's setup, call and teardown; a failure where the process died instead."""
@@ -60,7 +60,8 @@ class Process:
 
     def end(self):
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        self.process.stdout.close()
         self.lines.close()
 
 

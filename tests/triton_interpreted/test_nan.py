@@ -76,7 +76,7 @@ CASES = [
 @pytest.mark.parametrize(("dtype", "options", "place", "value"), CASES)
 def test_no_number_stays_none(monkeypatch, dtype, options, place, value):
     """Wherever dense has NaN in fp64, every path of both backends has it too, or an infinity from
-    an infinity. (The reverse need not hold: an infinite logit's logsumexp is infinite, ours NaN.)"""
+    an infinity. (Not the reverse: an infinite logit's logsumexp is infinite, ours NaN.)"""
     small = dataclasses.replace(configs.INTERPRETER, tma=place == "w")
     monkeypatch.setattr(configs, "select", lambda *_: small)
     monkeypatch.setattr(cpu, "BLOCK_TOKENS", (16, 64))

@@ -39,7 +39,8 @@ def backward(
     """(dx_NH, dw_VH, db_V) in the inputs' dtypes, None where not needed."""
     with launch.on_device(x_NH):
         problem = _problem(x_NH, w_VH, y_N, head)
-        return primitive.backward(problem, *map(_vector, (logp_N, lse_N, dlogp_N, dlse_N)), needs)
+        logp_N, lse_N, dlogp_N, dlse_N = map(_vector, (logp_N, lse_N, dlogp_N, dlse_N))
+        return primitive.backward(problem, logp_N, lse_N, dlogp_N, dlse_N, needs)
 
 
 def weighted(

@@ -20,12 +20,13 @@ def reduce_kernel(
     BLOCK_T: tl.constexpr, ENTROPY: tl.constexpr, FUSED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """lse = m + log s with m = max_j m_j, s = sum_j s_j exp(m_j - m), and, centred on m so that
-    logits near +-1000 lose nothing (a maximum passes a NaN by, a sum does not), logp = (z_y - m) - log s and
+    logits near +-1000 lose nothing, logp = (z_y - m) - log s and
     entropy = lse - sum p z = log s - (1/s) sum_j exp(m_j - m) (e_j + s_j (m_j - m)).
+    A NaN logit passes m by (a maximum returns the other operand), but not s, and so nothing else.
 
     FUSED (weighted.py): a row whose anchor c lies more than `limit` below lse gets c = lse and its
-    block is marked active, to be done again; so does a NaN. Then log Z = (m - c) + log s, the row's scale is
-    -weight / Z and its target's element Z (p - 1) slope.
+    block is marked active, to be done again; a NaN row too. Then log Z = (m - c) + log s, the row's
+    scale is -weight / Z and its target's element Z (p - 1) slope.
     """
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     in_t = rows < T

@@ -89,7 +89,8 @@ def apply_head(
     """Raw products -> logits: z = softcap * tanh((x.w * logit_scale + bias) / softcap).
 
     bias broadcasts against z. A bias of -inf (a masked token) becomes MASKED, so that 0 * z is 0
-    and not NaN; a NaN stays (by itself `maximum` returns the operand that is none). tanh a = 1 - 2 / (exp(2 a) + 1): exp may overflow, the result does not.
+    and not NaN; a NaN stays (by itself `maximum` returns the operand that is none).
+    tanh a = 1 - 2 / (exp(2 a) + 1): exp may overflow, the result does not.
     """
     if HAS_SCALE:
         z = z * logit_scale
