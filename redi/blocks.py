@@ -69,7 +69,7 @@ def checkpoint_activations(lm: Any, how: str, kept_blocks: int) -> None:
     except ValueError as error:  # jetmoe
         raise RediError(f"gradient_checkpointing: {how}: {error} Set it to none") from None
     if how == "selective":
-        layers = blocks_of(lm)
+        layers: Any = blocks_of(lm)
         for layer in layers[max(len(layers) - kept_blocks, 0) :]:
             layer.gradient_checkpointing = False
     for module in lm.modules() if how == "offload" else ():

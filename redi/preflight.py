@@ -14,9 +14,8 @@ from redi.data.files import find_files, is_hub_name
 from redi.errors import RediError
 from redi.evaluation.benchmarks import find_benchmark
 
-_REPOSITORY = re.compile(
-    r"(?:\w[\w.-]*/)?\w[\w.-]*"
-)  # of a model: owner/name, or an old one's name
+# Of a model: owner/name, or an old one's name.
+_REPOSITORY = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*")
 
 Made = Collection[Path]  # what earlier steps of the same job will have written by then
 
@@ -68,7 +67,7 @@ def check_questions(config: EvalConfig, made: Made = ()) -> None:
 
 
 def check_build(config: DataConfig, tokenizer: str | None = None, made: Made = ()) -> None:
-    """Raises RediError for data, evaluation sets or a tokenizer that are named and are not there."""
+    """Raises RediError for data, evaluation sets or a tokenizer that are named and not there."""
     check_data("path", config.path, made)
     for path in config.decontaminate:
         check_data("decontaminate", path, made, mix_splits=True)

@@ -66,7 +66,7 @@ class Job:
         self._check_inputs()
 
     def _check_inputs(self) -> None:
-        """Raises RediError unless all that the recipe names is there, or an earlier step makes it."""
+        """Raises RediError unless what the recipe names is there or made by an earlier step."""
         made: set[Path] = set()
         if self.config.task is not None:
             made |= {self.task_dir / name for name in TASK_FILES}

@@ -37,12 +37,12 @@ BALANCING = (
 def patch(model: Any, *, check: bool = True) -> Any:
     """Gives `model` the forward above, in place, and returns it. A peft model's base is patched.
 
-    Any causal LM with a base model and a plain linear head on it whose logits are that head's, times
-    a scale, plus a bias, soft-capped as its config says. `check` compares loss and logits with the
-    model's own and refuses a family that does something else, and finds out whether its traces
-    leave each other alone in a pack; where they do not, `position_ids` that restart are refused
-    when they come. It costs a few tiny forwards and is left out where weights are sharded or not
-    there yet.
+    Any causal LM with a base model and a plain linear head on it whose logits are that head's,
+    times a scale, plus a bias, soft-capped as its config says. `check` compares loss and logits
+    with the model's own and refuses a family that does something else, and finds out whether its
+    traces leave each other alone in a pack; where they do not, `position_ids` that restart are
+    refused when they come. It costs a few tiny forwards and is left out where weights are sharded
+    or not there yet.
 
     Raises TypeError for a head that is no plain linear layer (LoRA on it, or quantized) or has
     hooks, ValueError when the check fails or a mixture of experts wants its balancing loss.
