@@ -17,7 +17,7 @@ VENV := .venv
 BIN  := $(VENV)/bin
 PIP   = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow test-oldest lint bench bench-trainer aot aot-3.6 count memory gpu-check \
+.PHONY: demo test test-slow test-oldest test-avx2 lint bench bench-trainer aot aot-3.6 count memory gpu-check \
         chaos families families-quick clean
 
 demo: $(VENV)/.demo  # one thread: the model is so small that a second one is mostly waited for
@@ -33,6 +33,14 @@ test-slow: $(VENV)/.dev
 # The same tests with the oldest versions that setup.py allows, which is where they are read from.
 test-oldest:
 	$(MAKE) test VENV=$(VENV)-oldest OLDEST=yes TORCH_SPEC=torch==$(OLDEST_TORCH)
+
+# What depends on the CPU's kernels, with those of AVX2: numpy's matmuls (the interpreter's), torch's
+# own, and oneDNN's. On a machine that has nothing wider the same tests as ever, by the same code.
+test-avx2: $(VENV)/.dev
+	OPENBLAS_CORETYPE=Haswell ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -n auto --dist loadfile tests/triton_interpreted \
+	  tests/redi_kernels/test_fast.py tests/redi_kernels/test_numerics.py \
+	  tests/redi_kernels/test_bitwise.py tests/redi_kernels/test_losses.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

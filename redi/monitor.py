@@ -60,11 +60,13 @@ class MetricsFile(Callback):
 
     def on_train_begin(self, state: TrainState) -> None:
         kept = [row for row in read_metrics(self.path) if row["step"] <= state.step]
+        kept = [{"loss": None, **row} if "skipped" in row else row for row in kept]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.size = self.path.stat().st_size
 
     def on_log(self, state: TrainState, logs: dict[str, float]) -> None:
-        self.waiting.append(json.dumps(logs) + "\n")
+        row = logs if "skipped" not in logs else {"loss": None, **logs}  # what was no number
+        self.waiting.append(json.dumps(row) + "\n")
         try:
             with self.path.open("r+") as file:
                 file.truncate(self.size)  # of a line cut short by a full disk
@@ -77,12 +79,13 @@ class MetricsFile(Callback):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """All whole lines of a metrics.jsonl; a last line torn by a kill is ignored."""
+    """All whole lines of a metrics.jsonl, without what is null (a skipped step's loss); a last line
+    torn by a kill is ignored."""
     rows = []
     if path.exists():
         for line in path.read_text().splitlines():
             try:
-                rows.append(json.loads(line))
+                rows.append({k: v for k, v in json.loads(line).items() if v is not None})
             except json.JSONDecodeError:
                 break
     return rows

@@ -43,6 +43,7 @@ class PackLoss:
     lengths_S: Tensor
     logp_T: Tensor  # of each token, 0 where it is not trained
     rewards_S: Tensor | None = None  # DPO and SimPO: what their margins are differences of
+    fast: Any = None  # with a loss_tolerance: what it left out (`redi_kernels`' Fast)
 
 
 # Not linear in the log-probs: the traces of a pair must share a pack.
@@ -58,7 +59,7 @@ def sft(counts: StepCounts, x_TH: Tensor, w_VH: Tensor, pack: Pack, options: dic
         x_TH, w_VH, pack.targets_T, pack.cu_seqlens, num_tokens=counts.num_tokens, **options
     )
     assert out.logps_S is not None and out.lengths_S is not None  # cu_seqlens was given
-    return PackLoss(out.loss, out.logps_S, out.lengths_S, out.logp_T)
+    return PackLoss(out.loss, out.logps_S, out.lengths_S, out.logp_T, fast=out.fast)
 
 
 def redi(alpha: float, **bounds: Any) -> Objective:
@@ -86,7 +87,7 @@ def redi(alpha: float, **bounds: Any) -> Objective:
             num_rejected=max(counts.num_rejected, 1),
             **options,
         )
-        return PackLoss(out.loss, out.logps_S, out.lengths_S, out.logp_T)
+        return PackLoss(out.loss, out.logps_S, out.lengths_S, out.logp_T, fast=out.fast)
 
     return objective
 
@@ -126,7 +127,8 @@ def simpo(beta: float, gamma: float) -> Objective:
 def _of_pairs(out: Any, rewards_S: Tensor, pack: Pack) -> PackLoss:
     """A pair without targets would still lose log 2."""
     counts = pack.is_trained
-    return PackLoss(out.loss * counts, out.logps_S, out.lengths_S, out.logp_T, rewards_S * counts)
+    each = (out.logps_S, out.lengths_S, out.logp_T)
+    return PackLoss(out.loss * counts, *each, rewards_S * counts, out.fast)
 
 
 def make_objective(config: TrainConfig) -> Objective:

@@ -295,7 +295,8 @@ class Loop:
         learning_rate = self.schedule.learning_rate(state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+        is_skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
+        if not is_skipped:
             self.optimizer.step()
         else:
             numbers = {"loss": loss, "grad_norm": grad_norm}
@@ -318,6 +319,8 @@ class Loop:
             row["packs"] = len(work.packs)
         if state.skipped:
             row["skipped_steps"] = len(state.skipped)
+        if is_skipped:
+            row["skipped"] = True
         return {key: value for key, value in row.items() if math.isfinite(value)}
 
     @contextmanager
@@ -348,7 +351,8 @@ class Loop:
         sums = distributed.all_sum(self.accumulate(work.packs, work.counts))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         *numbers, grad_norm = torch.cat([sums, distributed.whole(norm).reshape(1)]).tolist()
-        return step_means(numbers, work.counts, rewards=self.pairs) | {"grad_norm": grad_norm}
+        kinds = {"rewards": self.pairs, "fast": self.config.loss_tolerance > 0}
+        return step_means(numbers, work.counts, **kinds) | {"grad_norm": grad_norm}
 
     def accumulate(self, packs: list[Pack], counts: StepCounts) -> torch.Tensor:
         """Adds this rank's packs' gradient to the parameters (where gradients are on); returns the

@@ -18,7 +18,7 @@ from redi.objectives import PackLoss, StepCounts
 FAINT = 1e-4  # a token less probable than this has been pushed out of the model's reach
 PROBE_STEPS = 10  # an entropy every so many steps,
 PROBE_TRACES = 2  # over so many chosen traces a rank: a forward of 2 of 64 traces, in 1 of 10 steps
-NUM_SUMS = 9
+NUM_SUMS = 12
 
 
 @torch.no_grad()
@@ -39,17 +39,22 @@ def pack_sums(pack: Pack, out: PackLoss) -> Tensor:
         faint_T.sum(),
         torch.where(chosen_S, 0, out.lengths_S).sum(),
     )
-    return torch.cat([torch.stack([z.to(mean_S.dtype) for z in sums]), _reward_sums(pack, out)])
+    first = torch.stack([z.to(mean_S.dtype) for z in sums])
+    return torch.cat([first, _reward_sums(pack, out), _fast_sums(pack, out)])
 
 
-def step_means(sums: list[float], counts: StepCounts, *, rewards: bool = False) -> dict[str, float]:
+def step_means(
+    sums: list[float], counts: StepCounts, *, rewards: bool = False, fast: bool = False
+) -> dict[str, float]:
     """A step's `pack_sums`, added up over packs and ranks, as metrics.
 
     `logps/*`: mean over traces of the mean log-prob per token; `logps/stop`: mean log-prob of the
     token that ends a chosen trace; `rejected_below_1e-4`: share of the rejected traces' tokens;
-    `rewards/*` (TRL's names): what an objective on pairs compares.
+    `rewards/*` (TRL's names): what an objective on pairs compares. `fast/*`, with a loss_tolerance:
+    means over tokens of the share of d(logits) that was computed, of the probability mass outside
+    it, and of the estimated relative error of dX.
     """
-    loss, chosen, stop, rejected, faint, num_rejected_tokens, *of_pairs = sums
+    loss, chosen, stop, rejected, faint, num_rejected_tokens, *of_pairs = sums[:-3]
     means = {"loss": loss}
     if counts.num_chosen:
         means |= {
@@ -69,7 +74,20 @@ def step_means(sums: list[float], counts: StepCounts, *, rewards: bool = False) 
             "rewards/margins": chosen - rejected,
             "rewards/accuracies": right,
         }
+    if fast:
+        names = ("fast/active", "fast/dropped", "fast/error")
+        each = (z / max(counts.num_tokens, 1) for z in sums[-3:])
+        means |= dict(zip(names, each, strict=True))
     return means
+
+
+def _fast_sums(pack: Pack, out: PackLoss) -> Tensor:
+    """[3]: of each token, what `step_means` calls fast/*."""
+    if out.fast is None:
+        return out.logps_S.new_zeros(3)
+    number = pack.num_targets
+    sums = (out.fast.active * number, out.fast.dropped_T.sum(), out.fast.error * number)
+    return torch.stack([z.to(out.logps_S.dtype) for z in sums])
 
 
 def _reward_sums(pack: Pack, out: PackLoss) -> Tensor:

@@ -89,9 +89,10 @@ def token_logprobs(
         ignore_index: tokens with this target cost no matmul and get exactly zero gradient.
         num_valid: how many targets are not `ignore_index`, where the host knows: then nothing waits
             for the GPU. A wrong number raises as a wrong target does.
-        tolerance: 0 is exact. Above, gradients may have this many times the RMS error of a dense
-            bf16 implementation, and cost less: docs/fast-mode.md. Not for fp16. Here log-probs stay
-            exact; the fused losses' may be off by a tenth of the report's `dropped_T` on a CPU.
+        tolerance: 0 is exact, and so are calls of fewer than 256 targets. Above, gradients may
+            have this many times the RMS error of a dense bf16 implementation, and cost less:
+            docs/fast-mode.md. Not for fp16. Here log-probs stay exact; the fused losses' may be off
+            by a tenth of the report's `dropped_T` on a CPU.
         backend: None picks triton on CUDA, blocked torch ("cpu") elsewhere; "reference" is the
             textbook with full logits.
 

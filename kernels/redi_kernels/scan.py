@@ -23,6 +23,7 @@ exceeds LARGEST_ERROR, or whose sum LARGEST_SUM, is done exactly instead.
 Each pass leaves a tile's rows with the core that will do them in the next: `cpu.over_rows`.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -65,9 +66,24 @@ def make(blocks: Blocks, lent_VH: Tensor | None) -> "Int8 | Full":
 
 
 def _pays(x_NH: Tensor) -> bool:
-    """Without VNNI int8 is slower than fp32, or saturates."""
+    """Without VNNI int8 is slower than fp32."""
     known = x_NH.device.type == "cpu" and x_NH.dtype in (torch.float32, torch.bfloat16)
-    return known and bool(torch.backends.mkldnn.enabled) and _has("_is_vnni_supported")
+    fast = known and bool(torch.backends.mkldnn.enabled) and _has("_is_vnni_supported")
+    return fast and is_exact(x_NH.shape[1])
+
+
+@functools.cache
+def is_exact(H: int) -> bool:
+    """Whether `torch._int_mm` adds up H products of int8 rightly here. Not where the CPU, or what
+    oneDNN is told to use of it, adds pairs of them in 16 bits; nor for H = 1 (torch 2.13)."""
+    random = torch.Generator().manual_seed(0)
+    a_NH, b_NH = (torch.randint(-LEVELS, LEVELS + 1, (32, H), generator=random) for _ in range(2))
+    for m in (a_NH, b_NH):  # sums as large as can be, and of either sign
+        m[:8] = LEVELS
+        m[8:16] = -LEVELS
+    a_NH, b_NH = a_NH.to(torch.int8), b_NH.to(torch.int8)
+    found_NN = torch._int_mm(a_NH, b_NH.T)
+    return torch.equal(found_NN.double(), a_NH.double() @ b_NH.double().T)
 
 
 def _has(probe: str) -> bool:

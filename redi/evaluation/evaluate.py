@@ -184,7 +184,7 @@ def _sample(
     import torch
 
     from redi.data.tokenize import ChatFormat, with_template_arguments
-    from redi.evaluation.generate import generate
+    from redi.evaluation.generate import NotNumbers, generate
 
     chat = ChatFormat(with_template_arguments(tokenizer, config.chat_template_kwargs))
     has_template = bool(tokenizer.chat_template)
@@ -211,6 +211,13 @@ def _sample(
                     top_p=config.top_p,
                     on_finished=advance,
                 )
+            except NotNumbers as error:
+                name = questions[batch[error.prompt][0]].id
+                raise RediError(
+                    f"the model's logits are NaN or infinite (problem {name}, after "
+                    f"{error.num_tokens} new tokens): its weights are damaged, or its training "
+                    "diverged; there is nothing to grade"
+                ) from None
             except torch.OutOfMemoryError:
                 raise RediError(
                     f"out of memory at batch_size {config.batch_size}: run again with a smaller "

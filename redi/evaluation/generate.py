@@ -19,6 +19,14 @@ from transformers import DynamicCache
 NUCLEUS_GUESS = 256
 
 
+class NotNumbers(Exception):
+    """A prompt (its index) after which the model's logits are NaN or infinite."""
+
+    def __init__(self, prompt: int, num_tokens: int) -> None:
+        super().__init__(f"prompt {prompt} after {num_tokens} new tokens")
+        self.prompt, self.num_tokens = prompt, num_tokens
+
+
 def sample_tokens(logits_NV: Tensor, uniform_N: Tensor, temperature: float, top_p: float) -> Tensor:
     """Draws one token per row by inverting the CDF of its nucleus at `uniform_N` (in [0, 1)).
 
@@ -60,7 +68,7 @@ def generate(
 
     `uniform_NT` (float32 in [0, 1)) holds the draws. Equal prompts are prefilled once. A completion
     ends with the first token of `stop_ids`, which it includes; any other ran out of tokens.
-    `on_finished` hears how many completions ended, whenever some do; N in all.
+    `on_finished` hears how many completions ended, whenever some do; N in all. Raises NotNumbers.
     """
     device = model.device
     num_rows, max_new_tokens = uniform_NT.shape
@@ -90,6 +98,10 @@ def generate(
     open_rows = torch.ones(num_rows, dtype=torch.bool, device=device)
     num_open = num_rows
     for step in range(max_new_tokens):
+        # a logit of -inf is a token ruled out; the largest is finite, or nothing is right
+        is_bad = open_rows & ~logits.amax(dim=-1).isfinite()
+        if bool(is_bad.any()):
+            raise NotNumbers(int(alive[is_bad][0]), step)
         tokens = sample_tokens(logits, uniform_NT[alive, step], temperature, top_p)
         sampled_NT[alive, step] = tokens
         open_rows = open_rows & ~torch.isin(tokens, stops)

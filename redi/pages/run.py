@@ -150,7 +150,9 @@ def _training_table(stages: Mapping[str, Stage]) -> Table | None:
         return None
     has_mfu = any(stage.column("mfu") for stage in stages.values())
     header = ["stage", "steps", "examples", "dropped", "loss", "chosen", "rejected", "grad norm"]
+    is_fast = any(stage.column("fast/active") for stage in stages.values())
     header += ["tokens/s", "peak GiB"] + ["MFU"] * has_mfu
+    header += ["d(logits) computed", "left out", "error of dX"] * is_fast
     table = []
     for name, stage in stages.items():
         last, done = stage.rows[-1], stage.result
@@ -162,11 +164,18 @@ def _training_table(stages: Mapping[str, Stage]) -> Table | None:
         speed, memory, mfu = middle.values()
         cells += [f"{np.median(speed):,.0f}" if speed else "", f"{max(memory, default=0):.1f}"]
         cells += [f"{np.median(mfu):.0%}" if mfu else ""] * has_mfu
+        fast = [stage.column(f"fast/{what}") for what in ("active", "dropped", "error")]
+        cells += [f"{np.median(values):.2g}" if values else "" for values in fast] * is_fast
         table.append([name, *cells])
     note = (
         "Loss, log-probs per token and gradient norm: of the last logged step. "
         "Tokens/s: median over steps."
     )
+    if is_fast:
+        note += (
+            " With loss_tolerance: the share of d(logits) that was computed, the probability mass "
+            "outside it, and the estimated relative error of dX; medians over steps."
+        )
     return Table(header, table, note)
 
 

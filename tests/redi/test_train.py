@@ -18,6 +18,7 @@ import tiny
 import torch
 import yaml
 from poison import poisoned
+from redi_kernels import fast_plan
 from safetensors.torch import load_file
 
 import redi
@@ -261,6 +262,10 @@ def test_nan_steps_are_skipped_counted_and_shown(tmp_path, monkeypatch, capsys):
     assert [row["step"] for row in rows if "loss" not in row] == steps
     counts = [sum(s <= row["step"] for s in steps) for row in rows]
     assert [row.get("skipped_steps", 0) for row in rows] == counts
+    said = [json.loads(line) for line in (Path(settings["output_dir"]) / "metrics.jsonl").open()]
+    skipped = [row["step"] for row in said if row.get("skipped")]
+    assert skipped == [row["step"] for row in said if row["loss"] is None]
+    assert len(skipped) == counts[-1]
     assert all(t.isfinite().all() for t in weights(result.output_dir).values())
     err = capsys.readouterr().err
     assert all(f"WARNING: skipped step {step}: loss nan" in err for step in steps)
@@ -522,3 +527,14 @@ def test_a_trace_longer_than_the_models_positions_is_refused(tmp_path):
     with pytest.raises(RediError, match=r"tokens in a trace, 20 positions in the model"):
         train(tiny.train_settings(tmp_path, architecture=architecture))
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_what_fast_mode_leaves_out_is_logged(tmp_path, monkeypatch):
+    monkeypatch.setattr(fast_plan, "LEAST_TOKENS", 0)
+    train(tiny.train_settings(tmp_path, loss_tolerance=2.0))
+    rows = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert all(0 < row["fast/active"] <= 1 and row["fast/error"] >= 0 for row in rows)
+    train(tiny.train_settings(tmp_path / "exact"))
+    assert not any(
+        "fast/active" in row for row in read_metrics(tmp_path / "exact/out/metrics.jsonl")
+    )

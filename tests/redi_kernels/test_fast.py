@@ -20,6 +20,7 @@ def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "GROUP_BYTES", 512 * 64 * 4)
     monkeypatch.setattr(scan, "TILE_BYTES", 512 * 64 * 4)
     monkeypatch.setattr(scan, "WEIGHT_BYTES", 100 * 96 * 4)
+    monkeypatch.setattr(fast_plan, "LEAST_TOKENS", 0)
     for module in (fast, fast_plan):
         monkeypatch.setattr(module, "ROWS", 100)
 
@@ -29,7 +30,7 @@ def source(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """Both looks at the logits, whatever this CPU would take."""
     in_int8 = (torch.float32, torch.bfloat16) if request.param == "int8" else ()
     monkeypatch.setattr(scan, "_pays", lambda x_NH: x_NH.dtype in in_int8)
-    if not torch.cpu._is_vnni_supported():  # its int8 matmul may saturate
+    if not scan.is_exact(64):  # this CPU's int8 matmul saturates
         monkeypatch.setattr(torch, "_int_mm", _int_mm)
     return request.param
 
@@ -555,3 +556,17 @@ def test_compiled_equals_eager() -> None:
         grads.append([leaf.grad for leaf in leaves])
     for eager, compiled in zip(*grads, strict=True):
         assert torch.equal(eager, compiled)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_short_calls_are_exact(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # as shipped
+    for T, is_exact in ((255, True), (300, False)):
+        problem = text(dtype, T, 1000, 64, likely=0.3)
+        problem = replace(problem, y_T=problem.y_T.clamp(min=0))
+        result, report = fused(problem, 2.0)
+        assert report is not None
+        assert (report.active == 1) == (report.error == 0) == is_exact
+        if is_exact:
+            exact, _ = fused(problem, 0.0)
+            assert torch.equal(result.dx_TH, exact.dx_TH) and torch.equal(result.dw_VH, exact.dw_VH)

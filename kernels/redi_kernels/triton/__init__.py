@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from redi_kernels import fast_plan
 from redi_kernels.fast_plan import Report
 from redi_kernels.head import Head
 from redi_kernels.triton import config as configs
@@ -69,7 +70,13 @@ def gradients(
     """(logp_N, dx_NH, dw_VH, db_V, report) of sum(dlogp * logp + dlse * lse), in fast mode."""
     with launch.on_device(x_NH):
         problem = _problem(x_NH, w_VH, y_N, head)
-        return fast.gradients(problem, _vector(dlogp_N), _vector(dlse_N), needs, tolerance)
+        dlogp_N, dlse_N = _vector(dlogp_N), _vector(dlse_N)
+        if len(x_NH) >= fast_plan.LEAST_TOKENS:
+            return fast.gradients(problem, dlogp_N, dlse_N, needs, tolerance)
+        logp_N, lse_N, *_ = primitive.forward(problem)
+        grads = primitive.backward(problem, logp_N, lse_N, dlogp_N, dlse_N, needs)
+        none_N = torch.zeros_like(logp_N)
+        return logp_N, *grads, Report(none_N, none_N.new_ones(()), none_N.new_zeros(()))
 
 
 def _vector(v_N: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from tiny import make_lm
 from transformers import LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from redi.evaluation.generate import NUCLEUS_GUESS, generate, sample_tokens
+from redi.evaluation.generate import NUCLEUS_GUESS, NotNumbers, generate, sample_tokens
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [20, 21], [5, 6, 7, 8, 9, 10, 11, 12, 13], [30] * 5]
 
@@ -94,3 +94,14 @@ def test_completions_end_with_the_first_stop_or_at_the_limit():
     for completion, is_finished in zip(completions, finished, strict=True):
         assert not stop_ids & set(completion[:-1])
         assert is_finished or len(completion) == 20
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_not_sampled_from(bad):
+    lm = make_lm("llama")
+    options = {"stop_ids": [1], "temperature": 0.6, "top_p": 0.95}
+    uniform_NT = torch.full((2, 3), 0.5)
+    lm.lm_head.weight.data[7] = bad
+    with pytest.raises(NotNumbers) as raised:
+        generate(lm, PROMPTS[:2], uniform_NT, **options)
+    assert (raised.value.prompt, raised.value.num_tokens) == (0, 0)
