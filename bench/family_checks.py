@@ -145,8 +145,10 @@ class Reference:
         tokenizer.mkdir()
         write_tokenizer(tokenizer)
         (folder / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in _rows()))
-        self.folder, self.lm, self.kind = folder, lm, kind_of(lm)
-        self.fresh()  # a family that transformers cannot read again, nobody can train
+        self.folder, self.kind = folder, kind_of(lm)
+        # As transformers reads it: some families set a weight anew when they are loaded (zaya), and
+        # one that it cannot read again nobody can train.
+        self.lm = lm = self.fresh()
         self.steps = 1 if quick else 2
         self.config = self.recipe()
         self.data = load_data(self.config, load_tokenizer(self.config))

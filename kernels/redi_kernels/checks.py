@@ -5,6 +5,7 @@ Whatever needs a tensor's values is checked without waiting for a GPU.
 
 import importlib.util
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,34 @@ class Options:
         return *head, self.tolerance, self.backend
 
 
+def number(name: str, value: Any) -> float:
+    """`value` as a float: a finite number of the host's. A tensor's value would be waited for, and
+    gets no gradient here: TypeError, as for all else that is no number."""
+    if isinstance(value, Tensor):
+        learnable = " that requires grad, and would get none here" if value.requires_grad else ""
+        raise TypeError(
+            f"{name} is a tensor{learnable}: it must be a number. Give float({name}), or, to learn "
+            "a scale, multiply x_TH by it"
+        )
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not -math.inf < value < math.inf:  # math.isfinite would break a compiled graph
+        raise ValueError(f"{name} must be finite, not {value}")
+    return float(value)
+
+
+def integer(name: str, value: Any) -> int:
+    if isinstance(value, bool | Tensor) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, not {value!r}")
+    return value
+
+
+def check_softcap(softcap: Any) -> float | None:
+    if softcap is not None and not number("softcap", softcap) > 0:
+        raise ValueError(f"softcap must be above 0, not {softcap}")
+    return None if softcap is None else float(softcap)
+
+
 def check(
     x_TH: Tensor,
     w_VH: Tensor,
@@ -58,28 +87,28 @@ def check(
             )
         if t is not None and t.device != x_TH.device:
             raise ValueError(f"{name} is on {t.device}, x_TH on {x_TH.device}")
+    softcap, logit_scale = check_softcap(softcap), number("logit_scale", logit_scale)
+    tolerance, ignore_index = number("tolerance", tolerance), integer("ignore_index", ignore_index)
     if x_TH.dim() != 2:
         raise ValueError(f"x_TH must be [T, H], not {list(x_TH.shape)}; flatten the batch first")
-    if w_VH.dim() != 2 or w_VH.shape[1] != x_TH.shape[1] or len(w_VH) == 0:
+    if w_VH.dim() != 2 or w_VH.shape[1] != x_TH.shape[1] or w_VH.shape[0] == 0:
         raise ValueError(
             f"w_VH must be [V, {x_TH.shape[1]}], not {list(w_VH.shape)}. Under FSDP or ZeRO-3 that "
             "is a shard: call the loss inside the module that owns the weight (LossHead)."
         )
     if y_T.shape != x_TH.shape[:1] or y_T.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"y_T must be int64 or int32 [{len(x_TH)}], not {y_T.dtype} {list(y_T.shape)}"
+            f"y_T must be int64 or int32 [{x_TH.shape[0]}], not {y_T.dtype} {list(y_T.shape)}"
         )
     if bias is not None and bias.shape != w_VH.shape[:1]:
-        raise ValueError(f"bias must be [{len(w_VH)}], not {list(bias.shape)}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be above 0, not {softcap}")
-    if num_valid is not None and not 0 <= num_valid <= len(y_T):
-        raise ValueError(f"num_valid must be in [0, {len(y_T)}], not {num_valid}")
+        raise ValueError(f"bias must be [{w_VH.shape[0]}], not {list(bias.shape)}")
+    if num_valid is not None and not 0 <= integer("num_valid", num_valid) <= y_T.shape[0]:
+        raise ValueError(f"num_valid must be in [0, {y_T.shape[0]}], not {num_valid}")
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {BACKENDS}, not {backend!r}")
     backend = backend or ("triton" if _has_kernels(x_TH) else "cpu")
     dtype = _compute_dtype(x_TH, w_VH)
-    if not 0 <= tolerance < math.inf:
+    if tolerance < 0:
         raise ValueError(f"tolerance must be 0 (exact) or above, not {tolerance}")
     if tolerance and (backend == "reference" or dtype == torch.float16):
         raise ValueError(
@@ -87,19 +116,11 @@ def check(
             f"fp16, whose range ends above the probabilities it weighs (this call: {backend}, "
             f"{dtype}); use tolerance=0"
         )
-    return Options(
-        None if softcap is None else float(softcap),
-        float(logit_scale),
-        ignore_index,
-        num_valid,
-        float(tolerance),
-        backend,
-        dtype,
-    )
+    return Options(softcap, logit_scale, ignore_index, num_valid, tolerance, backend, dtype)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, T: int, device: torch.device) -> None:
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0 or cu_seqlens.is_floating_point():
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or cu_seqlens.is_floating_point():
         raise ValueError(
             f"cu_seqlens must be integers [S + 1], not {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         )

@@ -67,27 +67,7 @@ def weighted(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """logp_N and the gradients of sum(weight * logp) for what `needs` of (x, w, bias). 3 U."""
-    N = len(x_NH)
-    blocks = Blocks(x_NH, w_VH, head)
-    grads = Gradients(x_NH, blocks, needs)
-    y_P, weight_P = blocks.pad(y_N), blocks.pad(weight_N.to(blocks.acc))
-    logp_P = torch.empty_like(weight_P)
-    z_VB, keep = blocks.logits_buffer(grads.rounded_VH), x_NH.dtype == blocks.acc
-    for t, x_nH, x_BH in blocks:
-        stats = blocks.statistics(blocks.logits(x_BH, z_VB), y_P[t], keep=keep)
-        logp_P[t] = stats.logp_B
-        if not any(needs):
-            continue
-        # weight (onehot - p); the target's 1 - p from its log-prob, before any rounding
-        target_B = -weight_P[t] * stats.logp_B.expm1()
-        if keep:
-            target_B = blocks.sloped(target_B, stats.target_B)
-            scale_GB = stats.scale_GB * -weight_P[t]
-            grads.add_kept(t.start, x_nH, z_VB, y_P[t], scale_GB, target_B)
-        else:
-            other_B = -weight_P[t] / stats.sum_B
-            grads.add(t.start, x_nH, z_VB, y_P[t], stats.max_B, other_B, target_B)
-    return logp_P[:N], *grads.result()
+    return gradients(x_NH, w_VH, y_N, weight_N, torch.zeros_like(weight_N), head, needs)
 
 
 def backward(
@@ -101,25 +81,36 @@ def backward(
     head: Head,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of sum(dlogp * logp + dlse * lse), from recomputed logits. 3 U."""
+    """Gradients of sum(dlogp * logp + dlse * lse), from recomputed logits. 3 U.
+
+    Log-probs and sums are made again with the logits: exp(z - lse) would have the rounding of a
+    large lse, and a log-prob far below the others', or -inf, tells nothing of it."""
+    return gradients(x_NH, w_VH, y_N, dlogp_N, dlse_N, head, needs)[1:]
+
+
+def gradients(
+    x_NH: Tensor,
+    w_VH: Tensor,
+    y_N: Tensor,
+    dlogp_N: Tensor,
+    dlse_N: Tensor,
+    head: Head,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """logp_N and the gradients of sum(dlogp * logp + dlse * lse). 3 U."""
+    N = len(x_NH)
     blocks = Blocks(x_NH, w_VH, head)
     grads = Gradients(x_NH, blocks, needs)
-    dlogp_N, dlse_N = dlogp_N.to(blocks.acc), dlse_N.to(blocks.acc)
-    # d logp / dz = onehot - p and d lse / dz = p: a factor of p, and the target's own column
-    other_N = dlse_N - dlogp_N
-    target_N = dlse_N * logp_N.exp() - dlogp_N * logp_N.expm1()
-    z_VB = blocks.logits_buffer(grads.rounded_VH)
+    y_P = blocks.pad(y_N)
+    dlogp_P, dlse_P = (blocks.pad(d_N.to(blocks.acc)) for d_N in (dlogp_N, dlse_N))
+    logp_P = torch.empty_like(dlogp_P)
+    z_VB, keep = blocks.logits_buffer(grads.rounded_VH), x_NH.dtype == blocks.acc
     for t, x_nH, x_BH in blocks:
-        torch.mm(w_VH, x_BH.T, out=z_VB)
-        r = slice(t.start, t.start + len(x_nH))
-        # a large lse is rounded coarsely, and p = exp(z - lse) with it; target - logp is not
-        z_1n = z_VB[:, : len(x_nH)].gather(0, y_N[r][None])
-        z_n = blocks.shaped(z_1n.to(blocks.acc), y_N[r][None])[0]
-        other_n = other_N[r] * (logp_N[r] - (z_n - lse_N[r])).exp()
-        lse_B = blocks.pad(lse_N[r], torch.inf)  # p = 0 in the padding
-        y_B, other_B, target_B = map(blocks.pad, (y_N[r], other_n, target_N[r]))
-        grads.add(t.start, x_nH, z_VB, y_B, lse_B, other_B, target_B)
-    return grads.result()
+        stats = blocks.statistics(blocks.logits(x_BH, z_VB), y_P[t], keep=keep)
+        logp_P[t] = stats.logp_B
+        if any(needs):
+            grads.add_block(t.start, x_nH, z_VB, y_P[t], stats, dlogp_P[t], dlse_P[t])
+    return logp_P[:N], *grads.result()
 
 
 @dataclass
@@ -286,31 +277,32 @@ class Gradients:
         self.is_first = True
         self.db_V = w_VH.new_zeros(len(w_VH), dtype=acc) if bias else None
 
-    def add(
+    def add_block(
         self,
         start: int,
         x_nH: Tensor,
         z_VB: Tensor,
         y_B: Tensor,
-        shift_B: Tensor,
-        other_B: Tensor,
-        target_B: Tensor,
-    ) -> None:
-        """Turns a block's logits into the gradient at them, exp(z - shift) * other except for the
-        target's own, and adds what it means for x, w and bias."""
-        self._differentiate(z_VB, y_B, shift_B, other_B, target_B)
+        stats: Statistics,
+        dlogp_B: Tensor,
+        dlse_B: Tensor,
+    ) -> Tensor:
+        """Turns what `Blocks.statistics` has left of a block's logits into the gradient at them,
+        and adds what it means for x, w and bias. Returns the targets' own elements."""
+        # d logp / dz = onehot - p and d lse / dz = p: a factor of p, and the target's own, whose
+        # 1 - p is made of its log-prob, before any rounding
+        other_B = dlse_B - dlogp_B
+        target_B = target_gradient(stats.logp_B, dlogp_B, dlse_B)
+        if stats.shifts:
+            sloped_B = self.blocks.sloped(target_B, stats.target_B)
+            self._scale(z_VB, y_B, stats.scale_GB * other_B, sloped_B)
+        else:
+            self._differentiate(z_VB, y_B, stats.max_B, other_B / stats.sum_B, target_B)
         self._multiply(start, x_nH, z_VB)
+        return target_B
 
-    def add_kept(
-        self,
-        start: int,
-        x_nH: Tensor,
-        e_VB: Tensor,
-        y_B: Tensor,
-        scale_GB: Tensor,
-        target_B: Tensor,
-    ) -> None:
-        """The same from what `Blocks.statistics` has kept, times a scale per group of rows."""
+    def _scale(self, e_VB: Tensor, y_B: Tensor, scale_GB: Tensor, target_B: Tensor) -> None:
+        """What was kept, times a scale per group of rows."""
         blocks = self.blocks
         for scale_B, (_, e_RB) in zip(scale_GB, blocks.groups(e_VB), strict=True):
             if e_RB.dtype == blocks.acc:
@@ -322,7 +314,6 @@ class Gradients:
             self.db_V += e_VB.sum(dim=1, dtype=self.db_V.dtype)
         if blocks.head.logit_scale != 1.0:
             e_VB.mul_(blocks.head.logit_scale)
-        self._multiply(start, x_nH, e_VB)
 
     def _multiply(self, start: int, x_nH: Tensor, g_VB: Tensor) -> None:
         n, is_first, self.is_first = len(x_nH), self.is_first, False
@@ -341,6 +332,7 @@ class Gradients:
                 dw_RH += g_Rn @ x_nH
 
     def _differentiate(self, z_VB, y_B, shift_B, other_B, target_B) -> None:
+        """Logits as they are become exp(z - shift) * other, but for the target's own."""
         blocks, head = self.blocks, self.blocks.head
         for rows, z_RB in blocks.groups(z_VB):
             g_RB = blocks.shaped(blocks.wide(z_RB), rows)
@@ -361,6 +353,11 @@ class Gradients:
         if self.dw_VH is None or self.rounded_VH is None:
             return self.dx_NH, self.dw_VH, self.db_V
         return self.dx_NH, self.rounded_VH.copy_(self.dw_VH), self.db_V
+
+
+def target_gradient(logp_B: Tensor, dlogp_B: Tensor, dlse_B: Tensor) -> Tensor:
+    """At the targets' logits: dlse p + dlogp (1 - p)."""
+    return dlse_B * logp_B.exp() - dlogp_B * logp_B.expm1()
 
 
 def over_rows(reduce: Callable[..., Tensor], f_RB: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redi_kernels import fast_plan, scan
-from redi_kernels.cpu import Blocks, Gradients, Statistics
+from redi_kernels.cpu import Blocks, Gradients, Statistics, target_gradient
 from redi_kernels.fast_plan import MAX_ACTIVE, ROWS, Report
 from redi_kernels.head import Head
 from redi_kernels.scan import Scan
@@ -160,7 +160,7 @@ class _Sparse:
 
     def _target(self, t: slice, logp_B: Tensor) -> Tensor:
         """The gradient at the targets' logits."""
-        return self.dlse_P[t] * logp_B.exp() - self.dlogp_P[t] * logp_B.expm1()
+        return target_gradient(logp_B, self.dlogp_P[t], self.dlse_P[t])
 
     def _exact(
         self, t: slice, x_nH: Tensor, x_BH: Tensor, stats: Statistics | None = None
@@ -177,17 +177,11 @@ class _Sparse:
         if stats is None:
             keep = x_nH.dtype == blocks.acc  # else exp would be rounded twice
             stats = blocks.statistics(blocks.logits(x_BH, self.z_VB), y_B, keep=keep)
-        other_B, logp_B = self.other_P[t], stats.logp_B
-        target_B = self._target(t, logp_B)
+        each = self.dlogp_P[t], self.dlse_P[t]
+        target_B = grads.add_block(t.start, x_nH, self.z_VB, y_B, stats, *each)
         self.energy = self.energy + target_B.double().square().sum()
-        if stats.shifts:
-            target_B = blocks.sloped(target_B, stats.target_B)
-            grads.add_kept(t.start, x_nH, self.z_VB, y_B, stats.scale_GB * other_B, target_B)
-        else:
-            scale_B = other_B / stats.sum_B
-            grads.add(t.start, x_nH, self.z_VB, y_B, stats.max_B, scale_B, target_B)
         self.computed += len(self.z_VB) * len(x_nH)
-        return logp_B
+        return stats.logp_B
 
     def _moments(self, seen: Scan, x_nH: Tensor, other_B: Tensor) -> Tensor:
         """Fills the block's moments; returns s_V."""

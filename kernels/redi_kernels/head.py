@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from redi_kernels.checks import check_softcap, number
+
 # Of d(logits) that the GPU's kernels hold at once: 1152 tokens of a vocabulary of 151,936 in bf16.
 # It stands here, where a plan can read it on a machine without Triton.
 SLAB_BYTES = 336 << 20
@@ -42,6 +44,8 @@ class LossHead(nn.Module):
         logit_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        check_softcap(softcap)
+        number("logit_scale", logit_scale)
         self.weight = weight
         self.register_parameter("bias", bias)
         self.softcap = softcap
@@ -55,6 +59,12 @@ class LossHead(nn.Module):
     def extra_repr(self) -> str:
         V, H = self.weight.shape
         return f"vocab={V}, hidden={H}, softcap={self.softcap}, logit_scale={self.logit_scale}"
+
+
+def weigh(weight: Tensor | float, value: Tensor) -> Tensor:
+    """weight * value, but weight 0 adds 0 even where the value is infinite: what is masked or left
+    out by a weight may have a log-prob of -inf. NaN stays NaN. The weight is a constant."""
+    return (weight * value).masked_fill((weight == 0) & value.isinf(), 0)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

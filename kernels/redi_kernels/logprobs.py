@@ -29,7 +29,7 @@ from torch import Tensor
 
 from redi_kernels import fast, reference
 from redi_kernels.checks import Options, check, check_cu_seqlens, has_values, require
-from redi_kernels.head import Head, accumulator
+from redi_kernels.head import Head, accumulator, weigh
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Fast:
 
     @classmethod
     def empty(cls, x_TH: Tensor) -> "Fast":
-        dropped_T = x_TH.new_zeros(len(x_TH), dtype=accumulator(x_TH.dtype))
+        dropped_T = x_TH.new_zeros(x_TH.shape[0], dtype=accumulator(x_TH.dtype))
         return cls(dropped_T, dropped_T.new_zeros(()), dropped_T.new_zeros(()))
 
 
@@ -118,23 +118,24 @@ def weighted_logprobs(
     """(sum(weight * logp), logp_T detached, what fast mode left out): the fused path, for weights
     known before the forward.
 
-    `weight_T` [T] is a constant: it gets no gradient. 3 U in the forward where a gradient is
-    needed, 1 U where none is; the backward multiplies by one scalar. In fp16, 4 U: gradients must
-    not be rounded before GradScaler's factor, the scalar, has reached them.
+    `weight_T` [T] is a constant: it gets no gradient; 0 adds 0, whatever the log-prob. 3 U in the
+    forward where a gradient is needed, 1 U where none is; the backward multiplies by one scalar. In
+    fp16, 4 U: gradients must not be rounded before GradScaler's factor, the scalar, has reached
+    them.
     Options as in `token_logprobs`.
     """
     checked = check(x_TH, w_VH, y_T, bias, **options)
     x_TH, w_VH = checked.cast(x_TH, w_VH)
-    weight_T = weight_T.detach()
+    weight_T = weight_T.detach().masked_fill(y_T == checked.ignore_index, 0)
     if checked.backend == "reference":
         head = Head(bias, checked.softcap, checked.logit_scale)
         logp_T = reference.token_logprobs(x_TH, w_VH, y_T, head, ignore_index=checked.ignore_index)[
             0
         ]
-        return (weight_T * logp_T).sum(), logp_T.detach(), None
+        return weigh(weight_T, logp_T).sum(), logp_T.detach(), None
     if checked.dtype == torch.float16:
         out = token_logprobs(x_TH, w_VH, y_T, bias=bias, **options)
-        return (weight_T * out.logp_T).sum(), out.logp_T.detach(), None
+        return weigh(weight_T, out.logp_T).sum(), out.logp_T.detach(), None
     grad = torch.is_grad_enabled()
     needs = tuple(grad and t is not None and t.requires_grad for t in (x_TH, w_VH, bias))
     total, logp_T, *fast = _WeightedSum.apply(x_TH, w_VH, bias, y_T, weight_T, checked, needs)
@@ -154,7 +155,7 @@ def sequence_logprobs(
     the targets other than `ignore_index`; without `y_T` every token counts. Sums run in fp64, in
     order, one sequence at a time: bits depend on nothing outside the sequence.
     """
-    check_cu_seqlens(cu_seqlens, len(logp_T), logp_T.device)
+    check_cu_seqlens(cu_seqlens, logp_T.shape[0], logp_T.device)
     valid_T = torch.ones_like(logp_T) if y_T is None else (y_T != ignore_index).to(logp_T.dtype)
     length_S = segment_sum(valid_T, cu_seqlens).long()
     sum_S = segment_sum(logp_T, cu_seqlens)
@@ -339,17 +340,17 @@ def _weighted(
         dropped_T, active, error = vars(Fast.empty(x_TH)).values()
     else:
         dropped_T, active, error = _report(valid, logp_T, report)
-    return (weight_T * logp_T).sum(), logp_T, *grads, dropped_T, active, error
+    return weigh(weight_T, logp_T).sum(), logp_T, *grads, dropped_T, active, error
 
 
 @_logprobs.register_fake
 def _(x_TH, w_VH, y_T, *options):
-    v_T = x_TH.new_empty(len(x_TH), dtype=accumulator(x_TH.dtype))
+    v_T = x_TH.new_empty(x_TH.shape[0], dtype=accumulator(x_TH.dtype))
     return (
         v_T,
         torch.empty_like(v_T),
         torch.empty_like(v_T),
-        v_T.new_empty(len(v_T), dtype=torch.bool),
+        v_T.new_empty(v_T.shape[0], dtype=torch.bool),
     )
 
 
@@ -361,13 +362,13 @@ def _(x_TH, w_VH, *args):
 
 @_weighted.register_fake
 def _(x_TH, w_VH, *args):
-    logp_T = x_TH.new_empty(len(x_TH), dtype=accumulator(x_TH.dtype))
+    logp_T = x_TH.new_empty(x_TH.shape[0], dtype=accumulator(x_TH.dtype))
     grads = _fake_gradients(x_TH, w_VH, args[2], args[-3:])
     return logp_T.new_empty(()), logp_T, *grads, *_fake_report(logp_T, tolerance=args[-5])
 
 
 def _fake_report(logp_T, *, tolerance):
-    shape = len(logp_T) if tolerance else 0
+    shape = logp_T.shape[0] if tolerance else 0
     return logp_T.new_empty(shape), logp_T.new_empty(()), logp_T.new_empty(())
 
 

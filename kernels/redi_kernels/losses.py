@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from redi_kernels.checks import check_cu_seqlens, require
-from redi_kernels.head import accumulator
+from redi_kernels.checks import check_cu_seqlens, number, require
+from redi_kernels.head import accumulator, weigh
 from redi_kernels.logprobs import (
     Fast,
     segment_sum,
@@ -96,9 +96,9 @@ def redi_loss(
     _check_packed(x_TH, cu_seqlens, is_chosen_S)
     if pushed_T is not None and (pushed_T.dtype != torch.bool or pushed_T.shape != y_T.shape):
         raise ValueError(
-            f"pushed_T must be bool [{len(y_T)}], not {pushed_T.dtype} {list(pushed_T.shape)}"
+            f"pushed_T must be bool [{y_T.shape[0]}], not {pushed_T.dtype} {list(pushed_T.shape)}"
         )
-    bound = _bound(rejected_loss, rejected_floor)
+    alpha, bound = number("alpha", alpha), _bound(rejected_loss, rejected_floor)
     num_chosen = _count("num_chosen", num_chosen, is_chosen_S)
     num_rejected = _count("num_rejected", num_rejected, ~is_chosen_S)
     one = x_TH.new_ones((), dtype=accumulator(x_TH.dtype))
@@ -106,7 +106,7 @@ def redi_loss(
     ignore_index = options.get("ignore_index", -100)
     lengths_S = _lengths(y_T, cu_seqlens, ignore_index)
     weight_S = sign_S / lengths_S.clamp(min=1)
-    weight_T, is_chosen_T = (_spread(v, cu_seqlens, len(x_TH)) for v in (weight_S, is_chosen_S))
+    weight_T, is_chosen_T = (_spread(v, cu_seqlens, x_TH.shape[0]) for v in (weight_S, is_chosen_S))
     if pushed_T is not None:
         weight_T = torch.where(is_chosen_T | pushed_T, weight_T, 0)
     if bound is None:
@@ -115,7 +115,8 @@ def redi_loss(
         out = token_logprobs(x_TH, w_VH, y_T, bias=bias, **options)
         as_it_is_T = is_chosen_T | (y_T == ignore_index)
         score_T = torch.where(as_it_is_T, out.logp_T, bound(out.logp_T))
-        loss, logp_T, fast = (weight_T * score_T).sum(), out.logp_T.detach(), out.fast
+        weight_T = weight_T.masked_fill(y_T == ignore_index, 0)
+        loss, logp_T, fast = weigh(weight_T, score_T).sum(), out.logp_T.detach(), out.fast
     return RediOutput(loss, segment_sum(logp_T, cu_seqlens), lengths_S, logp_T, fast)
 
 
@@ -123,7 +124,7 @@ def _bound(rejected_loss: str, floor: float | None) -> Callable[[Tensor], Tensor
     """What takes the place of a rejected token's log p; None: log p itself."""
     if rejected_loss not in ("logp", "unlikelihood"):
         raise ValueError(f'rejected_loss must be "logp" or "unlikelihood", not {rejected_loss!r}')
-    if floor is not None and not (rejected_loss == "logp" and floor < 0):
+    if floor is not None and not (rejected_loss == "logp" and number("rejected_floor", floor) < 0):
         raise ValueError(f'rejected_floor={floor}: must be below 0, with rejected_loss="logp"')
     if rejected_loss == "unlikelihood":
         return lambda logp_T: -torch.log(-torch.expm1(logp_T.clamp(max=math.log1p(-SUREST))))
@@ -180,7 +181,7 @@ def dpo_loss(
             f"ref_logps_S is {ref_logps_S.dtype}, too coarse for sums of log-probs; keep float32. "
             "(FSDP2's MixedPrecisionPolicy casts a forward's inputs: cast_forward_inputs=False)"
         )
-    target = beta * _gap(ref_logps_S, is_chosen_S)
+    target = weigh(number("beta", beta), _gap(ref_logps_S, is_chosen_S))
     packed = x_TH, w_VH, y_T, cu_seqlens, is_chosen_S
     return _preference(*packed, beta, target, num_pairs, "sum_S", options)
 
@@ -202,6 +203,7 @@ def simpo_loss(
     Pairs and cost as in `dpo_loss`; no reference model. `gamma` is the target margin,
     `num_pairs` as in `dpo_loss`.
     """
+    beta, gamma = number("beta", beta), number("gamma", gamma)
     packed = x_TH, w_VH, y_T, cu_seqlens, is_chosen_S
     return _preference(*packed, beta, gamma, num_pairs, "mean_S", options)
 
@@ -228,30 +230,43 @@ def _preference(
     num_pairs = _count("num_pairs", num_pairs, is_chosen_S)
     ignore_index = options.get("ignore_index", -100)
     total = None
-    if len(cu_seqlens) == 3:
+    if cu_seqlens.shape[0] == 3:
         one = x_TH.new_ones((), dtype=accumulator(x_TH.dtype))
-        weight_S = torch.where(is_chosen_S, one, -one) * beta / num_pairs
+        weight_S = torch.where(is_chosen_S, one, -one) * beta
         if score == "mean_S":
             weight_S = weight_S / _lengths(y_T, cu_seqlens, ignore_index).clamp(min=1)
-        weight_T = _spread(weight_S, cu_seqlens, len(x_TH))
+        weight_T = _spread(weight_S, cu_seqlens, x_TH.shape[0])
         args = x_TH, w_VH, y_T, weight_T
         total, logp_T, fast = weighted_logprobs(*args, **{"bias": None, **options})
     else:
         out = token_logprobs(x_TH, w_VH, y_T, **options)
         logp_T, fast = out.logp_T, out.fast
     sequences = sequence_logprobs(logp_T, cu_seqlens, y_T, ignore_index=ignore_index)
-    margins = beta * _gap(getattr(sequences, score), is_chosen_S) - target
-    if total is not None:  # the sums of fp64 above, and the fused path's gradient
-        margins = margins + num_pairs * (total - total.detach())
-    loss = -F.logsigmoid(margins).sum() / num_pairs
+    margins = weigh(beta, _gap(getattr(sequences, score), is_chosen_S)) - target
+    if total is not None:
+        margins = _WithGradientOf.apply(margins, total)
+    loss = -(F.logsigmoid(margins) / num_pairs).sum()
     logps_S, lengths_S = sequences.sum_S.detach(), sequences.length_S
     return PreferenceOutput(loss, logps_S, lengths_S, margins.detach(), logp_T.detach(), fast)
+
+
+class _WithGradientOf(torch.autograd.Function):
+    """The value of one (sums of fp64, which may be infinite), and both gradients: the other is the
+    same number by the fused path. (value + other - other would be NaN at infinity.)"""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, other: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad.sum()
 
 
 def _gap(score_S: Tensor, is_chosen_S: Tensor) -> Tensor:
     """[S / 2]. Sorted instead of masked: a mask's length is on the device, and asking for it
     waits."""
-    pairs = 2 * is_chosen_S.sum() == len(score_S)
+    pairs = 2 * is_chosen_S.sum() == score_S.shape[0]
     require(pairs, "is_chosen_S has not as many chosen sequences as rejected ones: not pairs")
     order_S = torch.argsort(~is_chosen_S, stable=True)
     chosen, rejected = score_S[order_S].tensor_split(2)
@@ -259,10 +274,10 @@ def _gap(score_S: Tensor, is_chosen_S: Tensor) -> Tensor:
 
 
 def _check_packed(x_TH: Tensor, cu_seqlens: Tensor, is_chosen_S: Tensor) -> None:
-    check_cu_seqlens(cu_seqlens, len(x_TH), x_TH.device)
+    check_cu_seqlens(cu_seqlens, x_TH.shape[0], x_TH.device)
     if is_chosen_S.dtype != torch.bool or is_chosen_S.shape != cu_seqlens[1:].shape:
         raise ValueError(
-            f"is_chosen_S must be bool [{len(cu_seqlens) - 1}], one per sequence of cu_seqlens, "
+            f"is_chosen_S must be bool [{cu_seqlens.shape[0] - 1}], one for each of cu_seqlens, "
             f"not {is_chosen_S.dtype} {list(is_chosen_S.shape)}"
         )
 
@@ -280,6 +295,14 @@ def _spread(v_S: Tensor, cu_seqlens: Tensor, T: int) -> Tensor:
 def _count(name: str, given: int | Tensor | None, mask: Tensor) -> int | Tensor:
     if given is None:
         return mask.sum().clamp(min=1)
-    if not isinstance(given, Tensor) and given <= 0:
-        raise ValueError(f"{name} must be positive, not {given}: it divides the loss")
-    return given
+    if not isinstance(given, Tensor):
+        if not number(name, given) > 0:
+            raise ValueError(f"{name} must be positive, not {given}: it divides the loss")
+        return given
+    if given.numel() != 1 or given.requires_grad or given.dtype == torch.bool:
+        raise ValueError(
+            f"{name} must be one number without gradient, not {given.dtype} {list(given.shape)}"
+        )
+    # 0 is right where there is nothing to count: each weight is then 1 / 0 of nothing
+    require(given.isfinite() & (given >= 0), f"{name} must be finite and not negative")
+    return given.detach().reshape(())

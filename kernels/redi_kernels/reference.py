@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from redi_kernels.head import Head
+from redi_kernels.head import Head, weigh
 
 
 def logits(x_TH: Tensor, w_VH: Tensor, head: Head) -> Tensor:
@@ -70,7 +70,9 @@ def redi_loss(
     logp_T = token_logprobs(x_TH, w_VH, y_T, head, ignore_index=ignore_index)[0]
     mean_S = sequence_means(logp_T, y_T, cu_seqlens, ignore_index=ignore_index)
     chosen, rejected = mean_S[is_chosen_S], mean_S[~is_chosen_S]
-    return -chosen.sum() / max(len(chosen), 1) + alpha * rejected.sum() / max(len(rejected), 1)
+    return -chosen.sum() / max(len(chosen), 1) + weigh(alpha, rejected.sum()) / max(
+        len(rejected), 1
+    )
 
 
 def sft_loss(
@@ -88,11 +90,11 @@ def sft_loss(
 
 def dpo_loss(chosen: Tensor, rejected: Tensor, ref_gap: Tensor, *, beta: float = 0.1) -> Tensor:
     """DPO (arXiv 2305.18290) from per-pair sums; `ref_gap`: the reference's chosen - rejected."""
-    return -F.logsigmoid(beta * (chosen - rejected - ref_gap)).mean()
+    return -F.logsigmoid(weigh(beta, chosen - rejected - ref_gap)).mean()
 
 
 def simpo_loss(
     chosen: Tensor, rejected: Tensor, *, beta: float = 2.0, gamma: float = 1.0
 ) -> Tensor:
     """SimPO (arXiv 2405.14734) from per-pair means; `gamma` is the target margin, in nats."""
-    return -F.logsigmoid(beta * (chosen - rejected) - gamma).mean()
+    return -F.logsigmoid(weigh(beta, chosen - rejected) - gamma).mean()

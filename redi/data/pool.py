@@ -13,6 +13,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
+from itertools import islice
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
@@ -44,13 +45,14 @@ def run_all(work: Any, tasks: Iterator[Any], num_workers: int) -> Iterator[tuple
     errors: list[tuple[int, Exception]] = []
     order = enumerate(tasks)
     try:
-        while True:
-            while len(workers) < num_workers and not errors and (task := next(order, None)):
-                worker = _Worker(setup)
-                worker.give(task)
-                workers[worker.pipe] = worker
-            if not workers:
-                break
+        # All are started before any is spoken to: what is sent waits until a worker has imported
+        # what it needs, which takes seconds, and they can do so at the same time.
+        for task in islice(order, num_workers):
+            worker = _Worker(task)
+            workers[worker.pipe] = worker
+        for worker in workers.values():
+            worker.begin(setup)
+        while workers:
             for pipe in wait(list(workers)):
                 worker = workers.pop(pipe)  # type: ignore[call-overload]
                 index, task = worker.task
@@ -59,9 +61,9 @@ def run_all(work: Any, tasks: Iterator[Any], num_workers: int) -> Iterator[tuple
                     worker.close()
                     if worker.attempt >= _ATTEMPTS:
                         raise WorkerDied(_killer(task, worker))
-                    again = _Worker(setup, worker.attempt + 1)
-                    again.give((index, task))
+                    again = _Worker((index, task), worker.attempt + 1)
                     workers[again.pipe] = again
+                    again.begin(setup)
                     continue
                 result, error = outcome
                 if error is None:
@@ -83,9 +85,8 @@ def run_all(work: Any, tasks: Iterator[Any], num_workers: int) -> Iterator[tuple
 
 
 class _Worker:
-    def __init__(self, setup: bytes, attempt: int = 1) -> None:
-        self.attempt = attempt
-        self.task: tuple[int, Any] = (-1, None)
+    def __init__(self, task: tuple[int, Any], attempt: int = 1) -> None:
+        self.task, self.attempt = task, attempt
         self.pipe, theirs = Pipe()
         self._process = subprocess.Popen(
             [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), str(theirs.fileno())],
@@ -94,7 +95,11 @@ class _Worker:
             env=os.environ | _ENVIRONMENT,
         )
         theirs.close()
+
+    def begin(self, setup: bytes) -> None:
+        """Sends what every task needs, and the first one; waits for the process to take it."""
         self._send(setup)
+        self.give(self.task)
 
     def give(self, task: tuple[int, Any]) -> None:
         self.task = task

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, LifoQueue
 from typing import get_args
 
 from redi.data.judge import (
@@ -75,7 +75,8 @@ class Verifier:
         self.num_workers = num_workers or num_cores()
         self.timeout = timeout
         self.grader = grader
-        self._slots: SimpleQueue[_Worker | None] = SimpleQueue()  # None: a worker not yet started
+        # Last in, first out: a worker that is there is asked before another one is started (None).
+        self._slots: LifoQueue[_Worker | None] = LifoQueue()
         for _ in range(self.num_workers):
             self._slots.put(None)
         self._started: list[_Worker] = []
@@ -111,6 +112,7 @@ class Verifier:
                 "judging these answers needs math-verify; run "
                 'pip install "reinforcement-distillation[data]"'
             )
+        self._start_missing(len(hard))
         for items, verdict in zip(hard.values(), self._pool.map(self._ask, hard), strict=True):
             for i in items:
                 verdicts[i] = verdict
@@ -134,19 +136,32 @@ class Verifier:
             return "unparsable"
         return part, expected
 
+    def _start_missing(self, num_questions: int) -> None:
+        """Starts the workers that so many questions need, before any of them is waited for."""
+        idle: list[_Worker | None] = []
+        with contextlib.suppress(Empty):
+            while len(idle) < num_questions:
+                idle.append(self._slots.get_nowait())
+        for worker in reversed(idle):
+            self._slots.put(worker or self._start())
+
+    def _start(self) -> "_Worker":
+        worker = _Worker(self.timeout, self.grader)
+        self._started.append(worker)
+        return worker
+
     def _ask(self, question: tuple[str, str]) -> Verdict:
         worker = self._slots.get()
         try:
             for _ in range(2):
                 if self._is_closed:
                     break
-                if worker is not None and not worker.is_alive():
+                if worker is not None and worker.is_gone():
                     self._started.remove(worker)
                     worker.close()
                     worker = None
-                if worker is None:
-                    worker = _Worker(self.timeout, self.grader)
-                    self._started.append(worker)
+                worker = worker or self._start()
+                worker.wait_until_ready()
                 verdict = worker.ask(question)
                 if verdict:
                     return verdict
@@ -156,7 +171,7 @@ class Verifier:
 
 
 class _Worker:
-    """One process running judge.py, spoken to in lines."""
+    """One process running judge.py, spoken to in lines. Made, it has only begun to start."""
 
     def __init__(self, timeout: float, grader: Grader) -> None:
         self.patience = _PATIENCE * timeout
@@ -169,6 +184,13 @@ class _Worker:
             stderr=subprocess.PIPE,
             encoding="utf-8",
         )
+        self._is_starting = True
+
+    def wait_until_ready(self) -> None:
+        """Raises VerifierFailed, with what the process said, if it does not get ready."""
+        if not self._is_starting:
+            return
+        self._is_starting = False
         if self._read_line(_START_TIMEOUT) != "ready":
             self.kill()
             assert self._process.stderr
@@ -193,8 +215,9 @@ class _Worker:
         is_late = time.monotonic() - start >= self.patience
         return "timeout" if is_late or self._process.returncode == -signal.SIGPROF else None
 
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
+    def is_gone(self) -> bool:
+        """Whether it was there and is no more; of one that never was, `wait_until_ready` tells."""
+        return not self._is_starting and self._process.poll() is not None
 
     def kill(self) -> None:
         self._process.kill()

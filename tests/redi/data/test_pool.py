@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from redi.data import pool
 from redi.data.pool import WorkerDied, run_all
 from redi.errors import RediError
 
@@ -62,6 +63,22 @@ def test_a_worker_that_dies_loses_nothing(tmp_path, num_workers):
     expected = sorted((name, name.upper()) for name in names)
     assert results(tmp_path, *names, num_workers=num_workers) == expected
     assert sorted((tmp_path / "calls").read_text().splitlines()) == sorted([*names, "dies once"])
+
+
+def test_workers_start_together(tmp_path, monkeypatch):
+    """All of them before anything is sent, which a worker takes only once it has started."""
+    events, kind = [], pool._Worker
+
+    def noted(name):
+        method = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *args: events.append(name) or method(*args))
+
+    noted("__init__")
+    noted("_send")
+    names = ["a", "b", "c", "d", "e"]
+    assert results(tmp_path, *names, num_workers=3) == [(name, name.upper()) for name in names]
+    assert events[:3] == ["__init__"] * 3
+    assert events.count("__init__") == 3
 
 
 def test_a_task_that_kills_every_worker_is_named(tmp_path):

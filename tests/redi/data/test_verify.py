@@ -243,6 +243,30 @@ def test_workers_live_from_call_to_call(hostile):
         assert len(verifier._started) == 1
 
 
+def test_a_worker_that_is_there_is_asked_before_another_is_started(hostile):
+    with Verifier(num_workers=4) as verifier:
+        for answer in "abc":
+            assert verifier.verify(["x"], [answer]) == ["wrong"]
+        assert len(verifier._started) == 1
+
+
+def test_workers_start_together(hostile, monkeypatch):
+    """All of them before the first is waited for, and no more than there are questions."""
+    events, kind = [], verify_module._Worker
+
+    def noted(name):
+        method = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *args: events.append(name) or method(*args))
+
+    noted("__init__")
+    noted("wait_until_ready")
+    with Verifier(num_workers=5) as verifier:
+        assert verifier.verify(["x"] * 4, list("abcd")) == ["wrong"] * 4
+        assert events[:4] == ["__init__"] * 4
+        verifier.verify(["x"] * 8, list("efghijkl"))
+    assert events.count("__init__") == 5
+
+
 def test_dead_workers_leave_no_descriptors_open(hostile):
     counts = []
     with Verifier(num_workers=1) as verifier:
