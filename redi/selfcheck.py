@@ -45,7 +45,7 @@ def compare_with_own(
         if device == lm.device:
             raise RediError(
                 f"{type(lm).__name__}: could not be compared with its own forward on token ids "
-                f"({problem}). {or_else}"
+                f"({problem}); it cannot be trained here"
             ) from error
     try:
         model = _compare(lm.to(device), wrap)
