@@ -60,13 +60,11 @@ class MetricsFile(Callback):
 
     def on_train_begin(self, state: TrainState) -> None:
         kept = [row for row in read_metrics(self.path) if row["step"] <= state.step]
-        kept = [{"loss": None, **row} if "skipped" in row else row for row in kept]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_text(self.path, "".join(map(_line, kept)))
         self.size = self.path.stat().st_size
 
     def on_log(self, state: TrainState, logs: dict[str, float]) -> None:
-        row = logs if "skipped" not in logs else {"loss": None, **logs}  # what was no number
-        self.waiting.append(json.dumps(row) + "\n")
+        self.waiting.append(_line(logs))
         try:
             with self.path.open("r+") as file:
                 file.truncate(self.size)  # of a line cut short by a full disk
@@ -76,6 +74,12 @@ class MetricsFile(Callback):
             say(f"WARNING: {self.path}: {len(self.waiting)} lines not written yet: {error}")
         else:
             self.size, self.waiting = self.path.stat().st_size, []
+
+
+def _line(row: dict[str, float]) -> str:
+    """A skipped step says that its loss was no number."""
+    missing = {"loss": None} if "skipped" in row else {}
+    return json.dumps(missing | row) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

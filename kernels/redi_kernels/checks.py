@@ -49,12 +49,14 @@ def number(name: str, value: Any) -> float:
         )
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, not {value!r}")
-    if not -math.inf < value < math.inf:  # math.isfinite would break a compiled graph
+    found = float(value)
+    if not -math.inf < found < math.inf:  # math.isfinite would break a compiled graph
         raise ValueError(f"{name} must be finite, not {value}")
-    return float(value)
+    return found
 
 
-def integer(name: str, value: Any) -> int:
+def integer(name: str, value: Any) -> Any:
+    """`value` as it is: int() would make a graph of its own of each."""
     if isinstance(value, bool | Tensor) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, not {value!r}")
     return value
