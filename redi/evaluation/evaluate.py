@@ -106,9 +106,10 @@ def evaluate(
     name, folder = os.fspath(model_name_or_path), Path(output_dir)
     if config.dataset_name is None:
         raise RediError("benchmarks: evaluate takes a dataset_name; use evaluate_benchmarks")
-    preflight.check_evaluation(name, config)
+    preflight.check_questions(config)
     questions = read_questions(config)
     pairs = read_examples(config.pairs_name) if config.pairs_name is not None else []
+    preflight.check_evaluation(name, config)
     fingerprint = _fingerprint(name, config, questions, pairs)
     finished = read_json(folder / "metrics.json")
     mark = {"fingerprint": fingerprint, "rules": grading_rules()}

@@ -194,7 +194,7 @@ def test_data_build_with_verdicts_of_another_length(redi, tmp_path):
     raw = tiny.write_jsonl(tmp_path / "raw.jsonl", rows)
     result = redi("data", "build", "--path", raw, "--output_dir", tmp_path / "data")
     refused(result, "raw.jsonl", "no pairs left", "2")
-    assert not list(tmp_path.glob("data/*"))
+    assert [file.name for file in tmp_path.glob("data/*")] == ["failed-report.txt"]
 
 
 def test_data_build_without_a_wrong_trace(redi, tmp_path):

@@ -216,23 +216,23 @@ def test_seed_reaches_every_stage(tmp_path):
     assert job.eval.seed == 7
 
 
-def test_half_a_folder_is_made_anew(tmp_path):
+def test_a_step_is_done_once(tmp_path):
     calls = []
 
     def work():
         folder.mkdir(exist_ok=True)
-        assert not (folder / "half").exists()
         calls.append(1)
 
     folder = tmp_path / "step"
     folder.mkdir()
-    (folder / "half").write_text("x")
+    (folder / "mine").write_text("x")  # not the step's to remove
     for _ in range(2):
         run_module._once(folder, {"a": 1}, work)
     assert calls == [1]
     assert json.loads((folder / "done.json").read_text()) == {"a": 1}
     with pytest.raises(RediError, match="other settings"):
         run_module._once(folder, {"a": 2}, work)
+    assert (folder / "mine").exists()
 
 
 def test_the_page_and_the_recipe_are_left_behind(straight):

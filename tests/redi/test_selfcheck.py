@@ -11,7 +11,7 @@ from redi import selfcheck
 from redi.data.pack import pack_traces
 from redi.data.tokenize import Trace
 from redi.errors import RediError
-from redi.model import PackedLM, load_model, load_model_config, sequence_logps
+from redi.model import PackedLM, _drop_nothing, load_model, load_model_config, sequence_logps
 from redi.monitor import read_metrics
 from redi.recipe import make_config
 from redi.train import TrainConfig, make_optimizer, train
@@ -189,6 +189,7 @@ def test_nested_configs_are_read_and_written(tmp_path):
     text = found.text_config
     assert text.max_position_embeddings == 1024
     assert 3e5 in (text.rope_parameters or {}).values()
+    _drop_nothing(found)
     assert text.attention_dropout == found.vision_config.projector_dropout == 0.0
     with pytest.raises(RediError, match="chunks of 64 tokens"):
         selfcheck.refuse_untold(found, 65)

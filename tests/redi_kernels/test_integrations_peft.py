@@ -24,7 +24,8 @@ def needs(monkeypatch):
     calls, weighted = [], cpu.weighted
 
     def recording(*args):
-        calls.append(tuple(args[-1]))
+        if any(args[-1]):  # not patch's own check, which asks for none
+            calls.append(tuple(args[-1]))
         return weighted(*args)
 
     monkeypatch.setattr(cpu, "weighted", recording)
