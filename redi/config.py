@@ -30,7 +30,7 @@ def _some_steps(max_steps: int) -> int:
 def _is_a_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9](?:[\w.+ -]*[\w+-])?", name):
         raise ValueError(
-            f"{name!r} cannot name a folder of the run: use letters, digits, ' ', '-', '_', '+', '.'"
+            f"{name!r} cannot name a folder of the run: use letters, digits, space or one of -_+."
         )
     return name
 
