@@ -139,7 +139,7 @@ class Study:
             start = Start(recipe, self.config.sweep_seed, "validation", folder)
             Job(start.recipe)
             for arm in self.config.arms:
-                self._stage(start, arm, 1.0, folder / arm, dataset="")
+                self._stage(start, arm, 1.0, folder / arm, dataset="pairs.parquet")
 
     def one_pass(self) -> bool:
         """Everything once; False if cells had to be dropped on the way, and another is needed."""
