@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from gradcheck_tools import Problem, errors, make_problem, text, textbook
-from redi_kernels import cpu, dpo_loss, fast, fast_plan, scan, sft_loss, token_logprobs
+from redi_kernels import cpu, dpo_loss, fast, scan, sft_loss, token_logprobs
 from redi_kernels import triton as kernels
 from redi_kernels.logprobs import weighted_logprobs
 from redi_kernels.triton import config as configs
@@ -23,7 +23,6 @@ def short_chunks(monkeypatch):
     """And a CPU that sees all logits in full and, as a GPU, rounds none of them to bf16 and asks
     every block."""
     monkeypatch.setattr(cpu, "BLOCK_TOKENS", (16, BLOCK))
-    monkeypatch.setattr(fast_plan, "LEAST_TOKENS", 0)
     monkeypatch.setattr(scan, "_pays", lambda x_NH: False)
     monkeypatch.setattr(fast, "BF16_LOGIT", torch.inf)
     monkeypatch.setattr(fast, "PROBE", 1 << 20)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from redi_kernels import cpu, fast, fast_plan, reference
+from redi_kernels import cpu, fast, reference
 from redi_kernels import triton as kernels
 from redi_kernels.head import Head
 from redi_kernels.triton import config as configs
@@ -22,11 +22,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PLACES = {"x": ("x", (19, 3)), "w": ("w", (139, 3)), "w of a target": ("w", (7, 3)),
           "bias": ("bias", (100,)), "weight": ("weight", (5,))}  # fmt: skip
 NAMES = ("logp", "lse", "entropy", "dx", "dw", "db")
-
-
-@pytest.fixture(autouse=True)
-def fast_at_any_length(monkeypatch):
-    monkeypatch.setattr(fast_plan, "LEAST_TOKENS", 0)
 
 
 def problem(dtype, *, bias=False, **options):
