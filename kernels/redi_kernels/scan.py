@@ -35,6 +35,7 @@ LARGEST_ERROR = (
     0.5  # RMS, of a token's coarse logits; real texts: 0.08, the worst token of 2,048 0.33
 )
 TOKENS, EVERY = 2048, 16  # enough of x, and every 16th row of w, to know their columns by
+SEEN = 64  # active rows whose error is looked at, where there are so many
 WEIGHT_BYTES = 2 << 20  # of w in fp32 that is made int8 at a time: still in the cache
 TILE_BYTES = 4 << 20  # of int32 logits
 LEVELS = 127
@@ -114,7 +115,11 @@ class Full:
         assert stats is not None
         p_AB = self.e_VB.index_select(0, active_A).to(self.blocks.acc)
         p_AB.mul_(stats.scale_GB[active_A // self.blocks.R])
-        dropped_B = (stats.kept_B / stats.sum_B - p_AB.sum(dim=0)).clamp_(min=0)
+        # The target's element, replaced later, was kept in the weights' dtype: where the model is
+        # sure, its rounding is many times what lies outside the active rows.
+        p_AB.scatter_(0, torch.searchsorted(active_A, y_B[None]).clamp_(max=len(p_AB) - 1), 0)
+        target_B = self.blocks.sloped(stats.logp_B.exp(), stats.target_B)
+        dropped_B = (stats.kept_B / stats.sum_B - target_B - p_AB.sum(dim=0)).clamp_(min=0)
         return Found(p_AB.mul_(other_B), stats.logp_B, stats.target_B, dropped_B)
 
 
@@ -184,7 +189,7 @@ class Int8:
         blocks = self.blocks
         z_AB = blocks.shaped(w_AH.to(blocks.acc) @ x_BH.to(blocks.acc).T, active_A)
         c_AB, slope_AB = self._bits(torch._int_mm(self.w8_VH[active_A], self.x8_BH.T), active_A)
-        some = slice(None, None, EVERY)
+        some = slice(None, None, max(1, min(EVERY, len(z_AB) // SEEN)))
         error_n = (c_AB[some, :n] - z_AB[some, :n] * LOG2_E).square_().mean(dim=0).sqrt_()
         if not (error_n.amax() <= LARGEST_ERROR * LOG2_E and self.sum_B[:n].amax() <= LARGEST_SUM):
             return None

@@ -61,8 +61,9 @@ def test_plan_and_gradients_are_the_cpus(monkeypatch, dtype, head, tma):
     assert 0.05 < report.active < 0.5
     assert report.active == pytest.approx(float(cpu_report.active), rel=0.02 if rough else 1e-6)
     assert report.error == pytest.approx(float(cpu_report.error), rel=0.02 if rough else 1e-4)
-    dropped = (report.dropped_N - cpu_report.dropped_N).abs().max()
-    assert dropped < (2 * ROUNDING if rough else 2e-6)
+    others_N = -logp_N.expm1()  # where the model is sure, the target's rounding is not in it
+    allowed_N = (4 * ROUNDING if rough else 0) * others_N + 2e-6
+    assert ((report.dropped_N - cpu_report.dropped_N).abs() < allowed_N).all()
     valid_T = problem.y_T >= 0
     forward = kernels.forward(
         problem.x_TH[valid_T], problem.w_VH, problem.y_T[valid_T], problem.head

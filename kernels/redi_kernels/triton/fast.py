@@ -50,10 +50,14 @@ def gradients(
         inv_z_T, _, z_T = softmax(chunk, slab_TV, -torch.ones_like(logp_T[rows]), logp_T[rows])
         # d logp / dz = onehot - p and d lse / dz = p: a factor of p, and the target's own column
         target_T = dlse_T[rows] * logp_T[rows].exp() - dlogp_T[rows] * logp_T[rows].expm1()
-        total_T = 1 / inv_z_T
+        # The target's element is patched later. Until then it is 0: where the model is sure, its
+        # rounding is many times what lies outside the active rows.
+        used_TV = slab_TV[: len(z_T), :V]
+        used_TV.scatter_(1, chunk.y_T[:, None], 0)
+        total_T = -logp_T[rows].expm1() / inv_z_T
         if p.softcap is not None:
             target_T = target_T * (1 - (z_T / p.softcap) ** 2)
-            total_T = slab_TV[: len(z_T), :V].sum(dim=1, dtype=torch.float32)
+            total_T = used_TV.sum(dim=1, dtype=torch.float32)
         sparse.add(chunk, rows, slab_TV, inv_z_T, total_T, target_T)
     return logp_T, *sparse.result()
 
