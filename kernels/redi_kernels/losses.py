@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from redi_kernels.checks import check_cu_seqlens, number, require
+from redi_kernels.checks import check_cu_seqlens, integer, number, require
 from redi_kernels.head import accumulator, weigh
 from redi_kernels.logprobs import (
     Fast,
@@ -103,7 +103,7 @@ def redi_loss(
     num_rejected = _count("num_rejected", num_rejected, ~is_chosen_S)
     one = x_TH.new_ones((), dtype=accumulator(x_TH.dtype))
     sign_S = torch.where(is_chosen_S, -one / num_chosen, alpha * one / num_rejected)
-    ignore_index = options.get("ignore_index", -100)
+    ignore_index = _ignore_index(options)
     lengths_S = _lengths(y_T, cu_seqlens, ignore_index)
     weight_S = sign_S / lengths_S.clamp(min=1)
     weight_T, is_chosen_T = (_spread(v, cu_seqlens, x_TH.shape[0]) for v in (weight_S, is_chosen_S))
@@ -146,13 +146,13 @@ def sft_loss(
     `num_tokens`: valid targets in the whole optimizer step, this call's own by default.
     `cu_seqlens` only adds per-sequence sums to the result. The rest as in `token_logprobs`.
     """
-    valid_T = y_T != options.get("ignore_index", -100)
+    ignore_index = _ignore_index(options)
+    valid_T = y_T != ignore_index
     num_tokens = _count("num_tokens", num_tokens, valid_T)
     weight_T = -torch.ones_like(valid_T, dtype=accumulator(x_TH.dtype)) / num_tokens
     loss, logp_T, fast = weighted_logprobs(x_TH, w_VH, y_T, weight_T, bias, **options)
     if cu_seqlens is None:
         return SftOutput(loss, None, None, logp_T, fast)
-    ignore_index = options.get("ignore_index", -100)
     sequences = sequence_logprobs(logp_T, cu_seqlens, y_T, ignore_index=ignore_index)
     return SftOutput(loss, sequences.sum_S, sequences.length_S, logp_T, fast)
 
@@ -228,7 +228,7 @@ def _preference(
     """
     _check_packed(x_TH, cu_seqlens, is_chosen_S)
     num_pairs = _count("num_pairs", num_pairs, is_chosen_S)
-    ignore_index = options.get("ignore_index", -100)
+    ignore_index = _ignore_index(options)
     total = None
     if cu_seqlens.shape[0] == 3:
         one = x_TH.new_ones((), dtype=accumulator(x_TH.dtype))
@@ -290,6 +290,11 @@ def _lengths(y_T: Tensor, cu_seqlens: Tensor, ignore_index: int) -> Tensor:
 def _spread(v_S: Tensor, cu_seqlens: Tensor, T: int) -> Tensor:
     """A sequence's value to each of its tokens."""
     return torch.repeat_interleave(v_S, cu_seqlens.diff(), output_size=T)
+
+
+def _ignore_index(options: dict[str, Any]) -> int:
+    """Checked here, too: the losses compare targets with it before the log-probs check anything."""
+    return integer("ignore_index", options.get("ignore_index", -100))
 
 
 def _count(name: str, given: int | Tensor | None, mask: Tensor) -> int | Tensor:

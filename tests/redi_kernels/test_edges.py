@@ -5,7 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from redi_kernels import redi_loss, sequence_logprobs, sft_loss, token_logprobs
+from redi_kernels import (
+    dpo_loss,
+    redi_loss,
+    sequence_logprobs,
+    sft_loss,
+    simpo_loss,
+    token_logprobs,
+)
 
 V, H = 11, 6
 
@@ -119,6 +126,21 @@ BAD = [
     ("is_chosen_S must be", {"is_chosen_S": torch.tensor([1, 0])}),
     ("num_chosen must be positive", {"num_chosen": 0}),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["1", 1.0, True, None])
+@pytest.mark.parametrize("loss", ["redi", "sft", "dpo", "simpo", "primitive"])
+def test_an_ignored_target_is_an_integer(loss: str, value: Any) -> None:
+    inputs = list(batch([3, 5]).values())
+    calls = {
+        "redi": lambda **options: redi_loss(*inputs, **options),
+        "sft": lambda **options: sft_loss(*inputs[:3], **options),
+        "dpo": lambda **options: dpo_loss(*inputs, torch.zeros(2), **options),
+        "simpo": lambda **options: simpo_loss(*inputs, **options),
+        "primitive": lambda **options: token_logprobs(*inputs[:3], **options),
+    }
+    with pytest.raises(TypeError, match="ignore_index must be an integer"):
+        calls[loss](ignore_index=value)
 
 
 @pytest.mark.parametrize(("message", "change"), BAD, ids=[m for m, _ in BAD])
