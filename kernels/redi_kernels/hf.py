@@ -18,6 +18,7 @@ happens inside the model's forward, where the hooks of DDP and FSDP fire.
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from types import MethodType
 from typing import Any
 
@@ -143,8 +144,9 @@ def _forward(
         return (loss,)
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    states = {name: out.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
-    return CausalLMOutputWithPast(loss=loss, **states)
+    # the cache's field has one name or another, by transformers' version
+    names = (field.name for field in fields(CausalLMOutputWithPast))
+    return CausalLMOutputWithPast(loss=loss, **{name: out[name] for name in names if name in out})
 
 
 def head_of(lm: Any) -> Callable[..., Any]:

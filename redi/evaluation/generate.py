@@ -7,6 +7,7 @@ stream of uniforms, so that it does not depend on its neighbours and two models 
 Nor can a model folder's generation_config.json (top_k, repetition_penalty) leak into a measurement.
 """
 
+import inspect
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -78,13 +79,14 @@ def generate(
     ids, mask, row_of = ids.to(device), mask.to(device), row_of.to(device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
+    named_cache = {_name_of_cache(model): cache}
 
     def next_logits(ids: Tensor) -> Tensor:
         output = model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
+            **named_cache,
             use_cache=True,
             logits_to_keep=1,
         )
@@ -141,3 +143,10 @@ def _until_stop(tokens: list[int], stop_ids: Collection[int]) -> list[int]:
         if token in stop_ids:
             return tokens[: i + 1]
     return tokens
+
+
+def _name_of_cache(model: Any) -> str:
+    """What a model's forward calls its cache: transformers renamed it in 5.24 and warns of the old
+    name."""
+    parameters = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"

@@ -146,6 +146,16 @@ def test_generation_and_logits_are_the_models_own(batch):
     assert torch.equal(lm.generate(ids, max_new_tokens=5, do_sample=False), text)
 
 
+def test_what_the_models_forward_returns_beside_its_loss(batch):
+    """Whatever transformers calls the cache in this version."""
+    lm = tiny.make_lm()
+    own = lm(**batch, use_cache=True, output_hidden_states=True)
+    got = patch(lm)(**batch, use_cache=True, output_hidden_states=True)
+    assert set(got) == set(own) - {"logits"}
+    for ours, theirs in zip(got.hidden_states, own.hidden_states, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_patch_twice_copy_and_unpatch(batch):
     lm = tiny.make_lm()
     assert patch(patch(lm)) is lm
