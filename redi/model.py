@@ -266,6 +266,16 @@ def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> Pa
     return model.train()
 
 
+def bf16_note(model: PackedLM) -> str | None:
+    """What is to be said where bf16 is asked of a CPU without instructions for it."""
+    if not model.autocast or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    return (
+        "bf16: this CPU has no instructions for bfloat16, so that it takes many times as long as "
+        "float32; leave `bf16: true` out to train in float32"
+    )
+
+
 def _set_rope_theta(model_config: Any, theta: float) -> None:
     rope = getattr(model_config, "rope_parameters", None)  # transformers 5 keeps it in here
     if isinstance(rope, dict) and "rope_theta" in rope:

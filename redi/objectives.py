@@ -126,9 +126,11 @@ def simpo(beta: float, gamma: float) -> Objective:
 
 def _of_pairs(out: Any, rewards_S: Tensor, pack: Pack) -> PackLoss:
     """A pair without targets would still lose log 2."""
-    counts = pack.is_trained
+    from redi_kernels.head import weigh
+
+    counts = float(pack.is_trained)
     each = (out.logps_S, out.lengths_S, out.logp_T)
-    return PackLoss(out.loss * counts, *each, rewards_S * counts, out.fast)
+    return PackLoss(weigh(counts, out.loss), *each, weigh(counts, rewards_S), out.fast)
 
 
 def make_objective(config: TrainConfig) -> Objective:

@@ -32,7 +32,7 @@ from redi.files import claim
 from redi.guard import CollapseGuard
 from redi.identity import TrainResult, agreed, check_same, identify, read_result, write_result
 from redi.meter import Meter
-from redi.model import PackedLM, load_model, load_tokenizer
+from redi.model import PackedLM, bf16_note, load_model, load_tokenizer
 from redi.monitor import MetricsFile, TrainState, notify, read_metrics, say
 from redi.objectives import NEEDS_PAIRS, PackLoss, StepCounts, make_objective
 from redi.recipe import load_config, make_config
@@ -87,7 +87,7 @@ def _train(
     _check_fits(config, model, [*data.traces, held_out])
     distributed.shard(model, list(blocks_of(model.lm)), ranks, bf16=config.bf16 is not False)
     apart = selfcheck.keep_apart(model, config.max_tokens_per_batch, check=config.model_check)
-    for line in filter(None, (selfcheck.router_note(model.lm), apart)):
+    for line in filter(None, (bf16_note(model), selfcheck.router_note(model.lm), apart)):
         if ranks.is_main:
             say(line)
     if config.objective == "dpo":

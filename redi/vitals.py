@@ -95,7 +95,7 @@ def _reward_sums(pack: Pack, out: PackLoss) -> Tensor:
     if out.rewards_S is None:
         return out.logps_S.new_zeros(3)
     chosen_S = torch.where(pack.is_chosen_S, out.rewards_S, 0.0)
-    rejected_S = out.rewards_S - chosen_S
+    rejected_S = torch.where(pack.is_chosen_S, 0.0, out.rewards_S)  # a chosen one may be -inf
     margins = (chosen_S - rejected_S).unflatten(0, (-1, 2)).sum(1)  # pairs stand side by side
     return torch.stack([chosen_S.sum(), rejected_S.sum(), (margins > 0).sum()])
 

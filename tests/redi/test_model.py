@@ -9,7 +9,7 @@ from redi.config import TrainConfig
 from redi.data.pack import pack_traces
 from redi.data.tokenize import Trace
 from redi.errors import RediError
-from redi.model import PackedLM, load_model, sequence_logps
+from redi.model import PackedLM, bf16_note, load_model, sequence_logps
 from redi.recipe import make_config
 
 
@@ -78,6 +78,17 @@ def test_bf16_on_a_cpu_computes_in_bfloat16_over_float32_weights(tmp_path):
     ((_, want, _),) = sequence_logps(exact, packs)
     ((_, got, _),) = sequence_logps(half, packs)
     assert 1e-6 < (got - want).abs().max() / want.abs().max() < 2e-2
+
+
+@pytest.mark.parametrize("can", [False, True])
+def test_bf16_on_a_cpu_that_cannot_is_slow_and_it_is_said(tmp_path, monkeypatch, can):
+    class Probe:
+        _is_mkldnn_bf16_supported = staticmethod(lambda: can)
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Probe, raising=False)
+    note = bf16_note(load_model(config(tmp_path, bf16=True)))
+    assert (note is None) if can else ("bf16: true" in note and "float32" in note)
+    assert bf16_note(load_model(config(tmp_path, bf16=False))) is None
 
 
 def test_scratch_models_depend_on_the_seed_alone(tmp_path):

@@ -180,6 +180,20 @@ def test_rewards_are_what_the_loss_sees(step, objective):
     assert loss == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.parametrize("objective", ["dpo", "simpo"])
+def test_a_rank_that_has_nothing_to_do_adds_0_whatever_the_log_probs(step, objective):
+    """Such a pack has no targets; one trace of its pair cannot be, by the reference."""
+    model, traces = step
+    traces = [replace(t, ref_logp=-torch.inf if t.is_chosen else 0.0) for t in traces[:2]]
+    (pack,) = pack_step(traces, 500, pairs=True)
+    run = make_objective(recipe(objective))
+    out = model(pack.without_targets(), partial(run, StepCounts.of(traces)))
+    assert out.loss.item() == 0 and not out.rewards_S.any()
+    model.zero_grad()
+    out.loss.backward()
+    assert not flat_gradient(model).any()
+
+
 def test_a_wrong_denominator_is_seen(step):
     """The check above can fail: counting per pack instead of per step is off by far."""
     model, traces = step

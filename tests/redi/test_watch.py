@@ -34,6 +34,19 @@ def make_traces(lengths, prompt=3):
     ]
 
 
+def test_a_chosen_trace_that_cannot_be_spoils_no_other_figure():
+    """Its log-prob is -inf, and so is its reward; the rejected ones' stay numbers."""
+    traces = make_traces([9, 14, 6, 11])
+    (pack,) = pack_traces(traces, 40)
+    logp_T = torch.zeros(40)
+    rewards_S = torch.tensor([-torch.inf, -2.0, -1.0, -3.0])
+    out = PackLoss(torch.tensor(1.0), rewards_S, torch.ones(4).long(), logp_T, rewards_S)
+    sums = pack_sums(pack, out).tolist()
+    means = step_means(sums, StepCounts.of(traces), rewards=True)
+    assert means["rewards/chosen"] == means["rewards/margins"] == -math.inf
+    assert means["rewards/rejected"] == -2.5 and means["rewards/accuracies"] == 0.5
+
+
 @pytest.fixture(scope="module")
 def lm():
     return tiny.make_lm("llama")
