@@ -5,7 +5,6 @@ of `redi_kernels`, so the [T, V] logits never exist.
 """
 
 import copy
-import gc
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -241,7 +240,6 @@ def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> Pa
     """
     from transformers import AutoModelForCausalLM
 
-    gc.collect()  # an earlier stage's model, which cycles of references keep, may be gigabytes
     is_meta = str(device) == "meta"
     model_config = load_model_config(config, for_weights=not is_meta)
     selfcheck.refuse_balancing(model_config)

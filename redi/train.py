@@ -5,6 +5,7 @@ packed into micro-batches; every denominator is counted over the whole step befo
 forward; so how a step is split never changes its gradient beyond rounding.
 """
 
+import gc
 import hashlib
 import math
 import re
@@ -83,6 +84,7 @@ def _train(
     if result is not None:
         return result
 
+    gc.collect()  # an earlier stage's model, which cycles of references keep, may be gigabytes
     model = load_model(config, device=ranks.device)
     _check_fits(config, model, [*data.traces, held_out])
     distributed.shard(model, list(blocks_of(model.lm)), ranks, bf16=config.bf16 is not False)

@@ -169,7 +169,7 @@ def _load(name: str) -> tuple[Any, Any]:
     from redi.model import load_tokenizer_from
     from redi.start import read_causal_lm
 
-    gc.collect()  # a trained model may still be there, as in load_model
+    gc.collect()  # a trained model may still be there, as in train
     tokenizer = load_tokenizer_from(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

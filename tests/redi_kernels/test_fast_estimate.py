@@ -7,6 +7,7 @@ import pytest
 import torch
 from gradcheck_tools import Problem, make_problem, text
 from redi_kernels import scan
+from redi_kernels.head import accumulator
 from redi_kernels.logprobs import Fast, weighted_logprobs
 from torch import Tensor
 
@@ -50,6 +51,14 @@ def dx(problem: Problem, tolerance: float) -> tuple[Tensor, Fast | None]:
     return x_TH.grad.double(), report
 
 
+def resolution(problem: Problem) -> float:
+    """dX of a change of each log-prob, and so of 1 - p, by the last digit of a sum in fp32."""
+    valid_T = problem.y_T >= 0
+    w_NH = problem.w_VH[problem.y_T[valid_T]].double()
+    each_N = problem.dlogp_T[valid_T].double() * w_NH.norm(dim=1) * problem.head.logit_scale
+    return torch.finfo(accumulator(problem.x_TH.dtype)).eps * float(each_N.norm())
+
+
 def exact_int_mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a.int(), b.int(), out=out)
 
@@ -57,7 +66,7 @@ def exact_int_mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 @pytest.mark.parametrize("calls", [16, pytest.param(2000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["float32, int8", "float32", "float64", "bfloat16"])
 def test_the_estimate_is_from_above(kind, calls, monkeypatch, capsys):
-    """dX's error is at most the estimate / 0.9, but for what rounding does to exact mode too."""
+    """dX's error is at most the estimate / 0.9, but for what rounding alone does."""
     name, *int8 = kind.split(", ")
     dtype = getattr(torch, name)
     monkeypatch.setattr(scan, "_pays", lambda x_NH: bool(int8))
@@ -72,12 +81,13 @@ def test_the_estimate_is_from_above(kind, calls, monkeypatch, capsys):
         if report.active == 1:
             continue
         exact, truth = dx(problem, 0.0)[0], dx(problem.double(), 0.0)[0]
-        error, rounding = (
-            float((a - b).norm() / truth.norm()) for a, b in ((got, exact), (exact, truth))
-        )
-        beyond = max(error**2 - (2 * rounding) ** 2, 0.0) ** 0.5
+        size = float(truth.norm())
+        error, rounding = (float((a - b).norm()) for a, b in ((got, exact), (exact, truth)))
+        rounding = max(2 * rounding, 4 * resolution(problem)) / size
+        error /= size
+        beyond = max(error**2 - rounding**2, 0.0) ** 0.5
         assert beyond <= float(report.error) / 0.9, (seed, error, rounding, float(report.error))
-        if rounding < error / 10:
+        if rounding < error / 5:
             ratios.append((float(report.error) / error, seed))
     ratios.sort()
     least = ", ".join(f"{ratio:.2f} (seed {seed})" for ratio, seed in ratios[:3])
