@@ -79,7 +79,9 @@ class DataConfig(Strict):
     )
     exclude_sources: list[str] = Field([], description="drop rows whose `source` is one of these")
     duplicates: Literal["drop", "keep"] = Field(
-        "drop", description="of a problem that is there already"
+        "drop",
+        description="of a problem that is there already / every row by itself; with drop, rows of "
+        "the same problem and answer are joined: one trace each is enough for a pair",
     )
     unfinished: Literal["drop", "keep"] = Field(
         "drop", description="traces with <think> and no </think>: they were cut off"
@@ -130,6 +132,12 @@ class DataConfig(Strict):
     @property
     def counts_tokens(self) -> bool:
         return bool(self.max_length or self.max_prompt_length or self.max_completion_length)
+
+    @property
+    def joins_rows(self) -> bool:
+        """Whether a right and a wrong trace of one problem may come from two rows. The paper's rule
+        of lengths is about the pair of one row."""
+        return self.duplicates == "drop" and self.length_rule == "next"
 
 
 # The paper's final numbers (arXiv 2505.24850, section 3.3, C.5; its evaluation script). Its chat

@@ -34,7 +34,7 @@ from redi.errors import RediError, VerifierFailed
 from redi.files import claim, digest_file, publish, write_text
 
 _ENOUGH = 1000  # rows, none of which could be used: a build ends there
-FORMAT = 2  # of the parts; also to be raised when a rule other than a grader's changes
+FORMAT = 3  # of the parts; also to be raised when a rule other than a grader's changes
 TACIT = "tokenizer, template, or version of redi or math-verify"  # only the fingerprint has them
 OUTPUTS = ("positives.parquet", "pairs.parquet", "report.txt", "report.json")
 
@@ -55,7 +55,8 @@ def build(
     """Builds positives.parquet, pairs.parquet, report.txt and report.json in `output_dir`.
 
     positives.parquet holds the first correct trace of each problem (the paper's D_SFT),
-    pairs.parquet that and the first incorrect one (D_Pref). A trace is correct iff `config.judges`
+    pairs.parquet that and the first incorrect one (D_Pref); of a problem in several rows, of all
+    of them (`config.joins_rows`). A trace is correct iff `config.judges`
     say so: "both" (every recorded judge), "any" of them, or "math_verify" alone. Where a verdict is
     missing, math-verify judges the trace against `answer`. A trace without a definite verdict is
     dropped: it never becomes a negative. docs/data.md describes the other options.
@@ -224,8 +225,7 @@ def _finish(config: DataConfig, parts: list[Path], aside: Path, report: BuildRep
     """Merges the parts and writes the four files into `aside`."""
     names = ("rows read", "traces read", "traces correct", "traces incorrect", "traces kept")
     report.counts.update(dict.fromkeys((*names, "positives", "pairs"), 0))
-    drop = config.duplicates == "drop"
-    wants_pairs = merge(parts, aside, report, drop=drop, seed=config.shuffle_seed)
+    wants_pairs = merge(parts, aside, report, config)
     counts = report.counts
     if not counts["rows read"]:
         raise RediError(f"{config.path}: no rows")
@@ -237,7 +237,7 @@ def _finish(config: DataConfig, parts: list[Path], aside: Path, report: BuildRep
                 f"{d['count']} {reason} (first: {d.get('detail') or d['first']})"
                 for reason, d in dropped
             )
-            + _about_lone_generations(report)
+            + _about_lone_generations(report, config)
         )
     report.finish()
     (aside / "report.txt").write_text(report.text() + "\n", encoding="utf-8")
@@ -245,15 +245,21 @@ def _finish(config: DataConfig, parts: list[Path], aside: Path, report: BuildRep
     return report
 
 
-def _about_lone_generations(report: BuildReport) -> str:
-    """Of rows that can make no pair, having one generation each."""
+def _about_lone_generations(report: BuildReport, config: DataConfig) -> str:
+    """Of rows that have made no pair, having one generation each."""
     counts = report.counts
     judged = counts.get("traces correct", 0) + counts.get("traces incorrect", 0)
     if not judged or counts["traces read"] > counts["rows read"]:
         return ""
+    if config.joins_rows:
+        return (
+            ". Each row has one generation: a problem needs several rows, with the same answer and "
+            "a right and a wrong trace among them"
+        )
     return (
         ". Each row has one generation, and a pair is made within a row: put the generations of a "
-        "problem into one row's list `generations`"
+        "problem into one row's list `generations`, or leave duplicates and length_rule at their "
+        "defaults, which join the rows of a problem"
     )
 
 

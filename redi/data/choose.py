@@ -23,7 +23,7 @@ from redi.data.read import (
 )
 from redi.data.report import BuildReport, bin_of
 from redi.data.tokenize import ChatFormat, over_limit
-from redi.data.verify import Verifier
+from redi.data.verify import Verifier, extract_answer
 from redi.errors import RediError
 
 _CHUNK = 2000  # generations judged at once: enough to keep the verifier's workers busy
@@ -36,6 +36,7 @@ _UNKNOWN = {
 _NOT_CARRIED = "the chat template cannot carry it"
 _OPENR1_JUDGES = {"llama", "math_verify"}
 UNFINISHED = "unfinished: <think> without </think>"
+UNPAIRED = "incorrect, no correct one to pair with"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Chosen:
     where: str
     row: int  # index among the rows of the block
     key: bytes  # the same for duplicates
+    join: bytes  # the same for rows whose traces may make a pair; of a ready row the key
     is_pair: bool  # belongs into pairs.parquet too
     chosen_length: int | None
     rejected_length: int | None
@@ -191,14 +193,15 @@ class Chooser:
             else:
                 self._drop_trace(outcome, problem, text)
         chosen, chosen_length = self._first(prompt, texts["correct"], "correct", problem)
-        wants_rejected = chosen is not None or config.unpaired == "keep"
+        # A lone wrong trace may find its right one in another row.
+        wants_rejected = chosen is not None or config.unpaired == "keep" or config.joins_rows
         rejected, rejected_length = None, None
         if wants_rejected:
             incorrect = texts["incorrect"]
             rejected, rejected_length = self._first(prompt, incorrect, "incorrect", problem)
         else:
             for text in texts["incorrect"]:
-                self._drop_trace("incorrect, no correct one to pair with", problem, text)
+                self._drop_trace(UNPAIRED, problem, text)
         if config.length_rule == "paper" and chosen is not None and rejected is not None:
             reason = self._too_long_for_paper(prompt, chosen, rejected)
             if reason is not None:
@@ -208,8 +211,10 @@ class Chooser:
             return None
         is_pair = None not in (chosen, rejected) or config.unpaired == "keep"
         example = Example(problem.id, prompt, chosen, rejected, problem.answer, problem.source)
-        key = _key("problem", " ".join(text_of(problem.prompt).split()))
-        return Chosen(example, problem.where, row, key, is_pair, chosen_length, rejected_length)
+        key = _key("problem", _one_line(text_of(problem.prompt)))
+        join = _join_key(problem) if config.joins_rows else _key("row", problem.where)
+        lengths = (chosen_length, rejected_length)
+        return Chosen(example, problem.where, row, key, join, is_pair, *lengths)
 
     def _first(
         self, prompt: Prompt, texts: list[str], outcome: str, problem: Problem
@@ -217,7 +222,7 @@ class Chooser:
         """(the first of `texts` that fits, its length)."""
         first, first_length = None, None
         for text in texts:
-            reason: str | None = f"{outcome}, not the first of its problem"
+            reason: str | None = not_first(outcome)
             detail = ""
             if first is None:
                 length, reason, detail = self._measure(prompt, text, problem.where)
@@ -251,7 +256,7 @@ class Chooser:
         for is_chosen, text in sides:
             self._judged("correct" if is_chosen else "incorrect", example.source, text)
         key = _key("ready", json.dumps([example.prompt, example.chosen, example.rejected]))
-        return Chosen(example, where, row, key, is_pair, lengths.get(True), lengths.get(False))
+        return Chosen(example, where, row, key, key, is_pair, lengths.get(True), lengths.get(False))
 
     def _judged(self, outcome: str, source: str | None, text: str) -> None:
         self.report.count(f"traces {outcome}", source or "")
@@ -315,6 +320,26 @@ class Chooser:
 def _contaminated(config: DataConfig, is_known: bool) -> str | None:
     is_dropped = is_known and config.contaminated == "drop"
     return "shares 8 words in a row with an evaluation set" if is_dropped else None
+
+
+def not_first(outcome: str) -> str:
+    """Why one of several "correct" (or "incorrect") traces is left."""
+    return f"{outcome}, not the first of its problem"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _join_key(problem: Problem) -> bytes:
+    """The same for rows that pose the same problem, all its messages, and expect the same answer:
+    what one of them calls wrong is wrong for the others too."""
+    prompt, answer = problem.prompt, problem.answer
+    if not isinstance(prompt, str):
+        prompt = json.dumps([[m["role"], _one_line(m["content"])] for m in prompt])
+    if answer is not None:
+        answer = _one_line((extract_answer(answer) or answer).replace("$", ""))
+    return _key("join", json.dumps([_one_line(prompt), answer]))
 
 
 def _key(kind: str, text: str) -> bytes:

@@ -4,6 +4,7 @@ Every error names file, row and field, and what to do.
 """
 
 import difflib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,6 +22,9 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 # Columns that hold traces under names that say nothing of right and wrong (s1K's and others).
 TRACE_COLUMNS = ("generation", "response", "output", "solution", "trajectory", "trajectories",
                  "thinking", "reasoning", "attempt")  # fmt: skip
+# A teacher's thoughts in one column and its answer in another, as s1K has them: `attempt` beside
+# `thinking_trajectories`, or for each teacher one of both, and perhaps a `grade`, under its name.
+_THOUGHTS = re.compile(r"(\w+_)?thinking_trajector(y|ies)")
 # Where each judge's verdicts stand: inside `correctness` (OpenR1-Math-Raw) or flat (-220k, plain).
 JUDGE_COLUMNS = {
     "llama": ("llama_verification", "correctness_llama"),
@@ -83,6 +87,7 @@ def read_examples(path: str | Path) -> list[Example]:
 
 def to_item(row: dict[str, Any], where: str) -> Problem | Example:
     """A row of either kind. Raises RediError for a row of neither."""
+    row = _gathered(row, where)
     is_raw = _column(row, where, "generations", *READY_COLUMNS) == "generations"
     return to_problem(row, where) if is_raw else to_example(row, where)
 
@@ -121,7 +126,7 @@ def to_problem(row: dict[str, Any], where: str) -> Problem:
 
 def to_example(row: dict[str, Any], where: str) -> Example:
     """One ready row. Raises RediError for a missing column or a wrong type."""
-    if "generations" in row:
+    if "generations" in _gathered(row, where):
         raise RediError(
             f"{where}: raw generations; run `redi data build` and use its positives.parquet or "
             "pairs.parquet"
@@ -149,6 +154,41 @@ def to_example(row: dict[str, Any], where: str) -> Example:
         answer=answer_of(row, where),
         source=_source(row),
     )
+
+
+def _gathered(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """The row, with `generations` if it holds traces in one of the other shapes that say what is
+    one: a text `generation`, or thoughts and answers in columns of their own (`_THOUGHTS`)."""
+    if any(name in row for name in ("generations", *READY_COLUMNS)):
+        return row
+    if isinstance(row.get("generation", 0), str | None):
+        return row | {"generations": [row["generation"]]}
+    thoughts = {m[1] or "": name for name in row if (m := _THOUGHTS.fullmatch(name))}
+    teachers = {t: name for t, name in thoughts.items() if f"{t}attempt" in row}
+    if not teachers:
+        return row
+    traces = [_trace(row, where, name, f"{t}attempt") for t, name in teachers.items()]
+    more: dict[str, Any] = {"generations": traces}
+    grades = [row.get(f"{t}grade") for t in teachers]
+    if any(grade is not None for grade in grades) and "verdicts" not in row:
+        words = {"yes": True, "no": False}
+        more["verdicts"] = [words.get(str(grade).strip().lower()) for grade in grades]
+    return {"answer": row.get("solution")} | row | more
+
+
+def _trace(row: dict[str, Any], where: str, *names: str) -> str | None:
+    """Thoughts and answer, of the columns `names`, as R1 writes them; null without an answer."""
+    texts = []
+    for name in names:
+        value = row[name]
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if not isinstance(value, str | None):
+            raise RediError(f"{where}: `{name}` is {kind_of(value)}; expected text")
+        texts.append((value or "").strip())
+    thoughts, attempt = texts
+    if not attempt:
+        return None
+    return f"<think>\n{thoughts}\n</think>\n\n{attempt}" if thoughts else attempt
 
 
 def problem_of(row: dict[str, Any], where: str) -> Prompt:
@@ -257,7 +297,8 @@ def _column(row: dict[str, Any], where: str, *names: str) -> str:
     if "generations" in names and traces and not near:
         hint = (
             f"; if `{'`, `'.join(traces)}` hold the traces, put each problem's into one list "
-            "`generations`, <think>...</think> before the answer (docs/data.md)"
+            "`generations`, or one a row into the column `generation`, <think>...</think> before "
+            "the answer (docs/data.md)"
         )
     raise MissingColumn(
         f"{where}: no column {' or '.join(f'`{name}`' for name in names)}; columns found: "
