@@ -11,6 +11,7 @@
 Any field of a recipe can be given as `--field value`; inside a section, as `--section.field value`.
 """
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -25,12 +26,11 @@ from redi.recipe import load_config, make_config, read_value, set_field
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Reinforcement distillation: learn from a teacher's right and wrong traces.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Raw traces to training files.")
+data_app = typer.Typer(help="Raw traces to training files.")
 app.add_typer(data_app, name="data")
 FIELDS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -308,10 +308,15 @@ def main() -> None:
         f"warning: {message}\n" if kind is UserWarning else usual(message, kind, *where, **more)
     )
     try:
-        app()
+        # Not app(), which swallows Ctrl-C and draws a box of many lines around what it has to say.
+        command = typer.main.get_command(app)
+        with command.make_context("redi", sys.argv[1:] or ["--help"]) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as end:  # of --help
+        sys.exit(end.exit_code)
     except RediError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
     except Interrupted as stop:
         if os.environ.get("RANK", "0") == "0":
             print(stop, file=sys.stderr)
@@ -322,3 +327,22 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(130)
+    except BrokenPipeError:  # who reads along has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise  # not about a file that the user has named
+        _fail(f"{error.filename or 'the disk'}: {error.strerror or error}")
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # the parser's, whose class moves between versions
+            raise
+        where = getattr(getattr(error, "ctx", None), "command_path", "redi")
+        _fail(f"{error.format_message().rstrip('.')} ({where} --help shows how)")
+
+
+def _fail(message: str) -> None:
+    """One line, whatever the libraries wrote that it quotes."""
+    lines = (line.strip() for line in message.splitlines())
+    print(f"error: {' '.join(line for line in lines if line)}", file=sys.stderr)
+    sys.exit(2)

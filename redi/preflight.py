@@ -10,12 +10,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from redi.config import DataConfig, EvalConfig, TrainConfig
-from redi.data.files import find_files, is_hub_name
+from redi.data.files import find_files, holds_data, is_hub_name
 from redi.errors import RediError
 from redi.evaluation.benchmarks import find_benchmark
 
 # Of a model: owner/name, or an old one's name.
 _REPOSITORY = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*")
+# What redi leaves in the folders of its runs, stages, builds and evaluations.
+OUR_MARKS = ("recipe.yaml", "train_result.json", "metrics.jsonl", "report.json", "evaluation.json")
 
 Made = Collection[Path]  # what earlier steps of the same job will have written by then
 
@@ -77,9 +79,15 @@ def check_build(config: DataConfig, tokenizer: str | None = None, made: Made = (
 
 def is_a_path(name: str) -> bool:
     """Whether `name`, of which there is nothing here, was meant to be here all the same: it is not
-    of the form owner/name, or what should be an owner is a folder of this machine."""
+    of the form owner/name, or what should be an owner is a folder in which redi has worked. (Any
+    other folder may well have an owner's name: Qwen/ with a model out of Qwen's.)"""
     owner, slash, _ = name.partition("/")
-    return _REPOSITORY.fullmatch(name) is None or (bool(slash) and Path(owner).is_dir())
+    return _REPOSITORY.fullmatch(name) is None or (bool(slash) and _has_our_work(Path(owner)))
+
+
+def _has_our_work(folder: Path) -> bool:
+    folders = [folder, *folder.glob("*/")]
+    return any((inner / mark).exists() for inner in folders for mark in OUR_MARKS)
 
 
 def check_data(field: str, name: str | None, made: Made = (), *, mix_splits: bool = False) -> None:
@@ -91,7 +99,7 @@ def check_data(field: str, name: str | None, made: Made = (), *, mix_splits: boo
             find_files(
                 name, mix_splits=mix_splits
             )  # of a name on the Hub it says, unasked, that `datasets` is missing
-        elif Path(name.partition("/")[0]).is_dir():
+        elif _has_our_work(owner := Path(name.partition("/")[0])) or holds_data(owner):
             raise RediError(f"{name}: no such file or folder")
     except RediError as error:
         raise RediError(f"{field}: {error}") from None
