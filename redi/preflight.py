@@ -11,6 +11,7 @@ from pathlib import Path
 
 from redi.config import DataConfig, EvalConfig, TrainConfig
 from redi.data.files import find_files, holds_data, is_hub_name
+from redi.data.verify import check_installed
 from redi.errors import RediError
 from redi.evaluation.benchmarks import find_benchmark
 
@@ -59,13 +60,14 @@ def check_evaluation(model: str, config: EvalConfig, made: Made = ()) -> None:
 
 
 def check_questions(config: EvalConfig, made: Made = ()) -> None:
-    """Of `check_evaluation`, what does not depend on the model."""
+    """Of `check_evaluation`, what does not depend on the model; also that answers can be judged."""
     check_data("dataset_name", config.dataset_name, made)
     check_data("pairs_name", config.pairs_name, made)
     if config.data_dir is not None and not Path(config.data_dir).is_dir():
         raise RediError(f"data_dir: {config.data_dir}: no such folder")
     for name in config.benchmarks or []:
         check_data("benchmarks", find_benchmark(name, config.data_dir))
+    check_installed(config.grader)  # nobody knows before what a model will answer
 
 
 def check_build(config: DataConfig, tokenizer: str | None = None, made: Made = ()) -> None:

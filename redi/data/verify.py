@@ -107,11 +107,8 @@ class Verifier:
             else:
                 hard.setdefault(question, []).append(i)
         done = len(texts) - sum(map(len, hard.values()))
-        if hard and find_spec("math_verify") is None:
-            raise RediError(
-                "judging these answers needs math-verify; run "
-                'pip install "reinforcement-distillation[data]"'
-            )
+        if hard:
+            check_installed(self.grader)
         self._start_missing(len(hard))
         for items, verdict in zip(hard.values(), self._pool.map(self._ask, hard), strict=True):
             for i in items:
@@ -236,6 +233,15 @@ class _Worker:
             return self._process.stdout.readline().rstrip("\n")
         finally:
             timer.cancel()
+
+
+def check_installed(grader: Grader) -> None:
+    """Raises RediError where answers that need algebra could not be judged."""
+    if grader == "math_verify" and find_spec("math_verify") is None:
+        raise RediError(
+            "judging these answers needs math-verify; run "
+            'pip install "reinforcement-distillation[data]"'
+        )
 
 
 def grading_rules() -> str:

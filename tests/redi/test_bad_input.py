@@ -1,10 +1,9 @@
 """What bad input gets: one line that names the culprit, exit code 2, and nothing lost.
 
-    python -m pytest -m slow tests/redi/test_bad_input.py -s      prints kind, exit code, message
+`make test-slow` prints kind, exit code and message of each.
 """
 
 import hashlib
-import json
 import logging
 import os
 import shlex
@@ -57,15 +56,18 @@ def world(tmp_path_factory):
 
         def redi(*words):
             patch.setattr("sys.argv", ["redi", *words])
-            with pytest.raises(SystemExit, match="^0$"):
-                cli.main()
+            cli.main()
 
         make_world(folder, redi)
     return folder
 
 
+class NoEnd(BaseException):
+    """Not an Exception: nobody may take it for a network's time-out."""
+
+
 def too_long(*_):
-    raise TimeoutError(f"no end after {PATIENCE} s")
+    raise NoEnd(f"after {PATIENCE} s")
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -126,7 +128,7 @@ def test_every_kind_gets_one_line_and_nothing_is_lost(world, tmp_path, server, m
     monkeypatch.setattr(logging, "raiseExceptions", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     previous = signal.signal(signal.SIGALRM, too_long)
-    table, wrong = [], []
+    wrong = []
     only = os.environ.get("KINDS", "")
     try:
         for number, kind in enumerate(k for k in KINDS if only in k.name):
@@ -136,11 +138,10 @@ def test_every_kind_gets_one_line_and_nothing_is_lost(world, tmp_path, server, m
             shutil.rmtree(folder)
             message = (said.strip().splitlines() or [""])[-1]
             found = faults(kind, code, said, lost)
-            table.append(f"{kind.name:<45} {code!s:>4}  {message}")
+            with capfd.disabled():
+                print(f"{kind.name:<44} {code!s:>4}  {message}", flush=True)
             if found:
                 wrong.append(f"{kind.name} [{kind.command}]: {'; '.join(found)}\n    {said[-700:]}")
     finally:
         signal.signal(signal.SIGALRM, previous)
-    with capfd.disabled():
-        print("", *table, sep="\n")
-    assert not wrong, f"{len(wrong)} of {len(table)}\n" + "\n".join(wrong)
+    assert not wrong, f"{len(wrong)} of {len(KINDS)}\n" + "\n".join(wrong)
