@@ -13,6 +13,7 @@ Any field of a recipe can be given as `--field value`; inside a section, as `--s
 
 import errno
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -100,11 +101,12 @@ def plan(
     recipe: Path,
     gpus: Annotated[int, typer.Option("--gpus", min=0, help="0: a CPU")] = 8,
     gpu_memory: Annotated[
-        float, typer.Option("--gpu-memory", "--gpu_memory", help="GB of each")
+        float, typer.Option("--gpu-memory", "--gpu_memory", min=1, max=100_000, help="GB of each")
     ] = 80,
     gpu: Annotated[str, typer.Option("--gpu", help="which, for the time")] = "A100",
     mean_length: Annotated[
-        int | None, typer.Option("--mean-length", "--mean_length", help="tokens of a mean trace")
+        int | None,
+        typer.Option("--mean-length", "--mean_length", min=1, help="tokens of a mean trace"),
     ] = None,
 ) -> None:
     """What a training recipe needs and takes: memory per GPU, steps, hours; trains nothing."""
@@ -309,6 +311,9 @@ def main() -> None:
     )
     try:
         # Not app(), which swallows Ctrl-C and draws a box of many lines around what it has to say.
+        dashed = next((word for word in sys.argv[1:] if re.match(r"-[A-Za-z]{2}", word)), None)
+        if dashed:  # -alpha would be read as -a -l -p -h ..., which is help
+            raise RediError(f"{dashed}: fields are given as -{dashed} value")
         command = typer.main.get_command(app)
         with command.make_context("redi", sys.argv[1:] or ["--help"]) as context:
             command.invoke(context)
@@ -344,5 +349,8 @@ def main() -> None:
 def _fail(message: str) -> None:
     """One line, whatever the libraries wrote that it quotes."""
     lines = (line.strip() for line in message.splitlines())
-    print(f"error: {' '.join(line for line in lines if line)}", file=sys.stderr)
+    line = " ".join(line for line in lines if line)
+    # Nothing in a name or a quotation takes hold of the terminal.
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    print(f"error: {line}", file=sys.stderr)
     sys.exit(2)

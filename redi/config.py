@@ -7,6 +7,7 @@ are Hugging Face's where it has one.
 import re
 import warnings
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -33,6 +34,13 @@ def _is_a_name(name: str) -> str:
             f"{name!r} cannot name a folder of the run: use letters, digits, space or one of -_+."
         )
     return name
+
+
+def _is_a_url(text: str) -> str:
+    parts = urlsplit(text)  # raises ValueError by itself for [ without ]
+    if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"\s", text):
+        raise ValueError(f"{text!r} is no address of a server, as http://localhost:8000/v1")
+    return text
 
 
 # Folders and files are called so.
@@ -201,7 +209,9 @@ class EvalConfig(Strict):
     engine: Literal["transformers", "openai"] = Field(
         "transformers", description="openai: a server that speaks its protocol, as vLLM's"
     )
-    base_url: Name | None = Field(None, description="openai: as http://localhost:8000/v1")
+    base_url: Annotated[str, AfterValidator(_is_a_url)] | None = Field(
+        None, description="openai: as http://localhost:8000/v1"
+    )
     api: Literal["chat", "completions"] = Field(
         "chat", description="openai: /chat/completions, or /completions for a base model"
     )

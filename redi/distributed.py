@@ -65,14 +65,15 @@ class Ranks:
 
 def setup() -> Ranks:
     """Joins the process group that torchrun / accelerate described in the environment, if any."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
+    world_size, rank, local = (_told(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
+    world_size = max(world_size, 1)
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    is_alone = world_size == 1 or dist.is_initialized()
+    if not is_alone and (missing or rank >= world_size):  # else: a wait for others without end
+        why = f"{missing[0]} is not set" if missing else f"RANK {rank} is beyond the last"
+        raise RediError(f"WORLD_SIZE is {world_size}, but {why}: start the ranks by torchrun")
     cuda = torch.cuda.is_available()
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if cuda
-        else torch.device("cpu")
-    )
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized() and (cuda or world_size > 1):
@@ -82,6 +83,13 @@ def setup() -> Ranks:
         else:  # FSDP2 wants a group of one
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return Ranks(rank, world_size, device)
+
+
+def _told(name: str) -> int:
+    value = os.environ.get(name) or "0"
+    if not value.isdecimal():
+        raise RediError(f"{name} is {value!r} in the environment, where torchrun sets a number")
+    return int(value)
 
 
 def teardown() -> None:

@@ -5,8 +5,9 @@ of `redi_kernels`, so the [T, V] logits never exist.
 """
 
 import copy
-import json
+import difflib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,8 +21,9 @@ from redi.config import TrainConfig
 from redi.data.pack import Pack
 from redi.data.tokenize import with_template_arguments
 from redi.errors import RediError
+from redi.files import read_json
 from redi.meter import attention_width, idle_weights
-from redi.start import first_line, read_causal_lm
+from redi.start import check_json, first_line, read_causal_lm
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 Out = TypeVar("Out")
@@ -148,7 +150,10 @@ def load_tokenizer(config: TrainConfig) -> Any:
         file = Path(config.chat_template)
         if not file.is_file():
             raise RediError(f"chat_template: {file}: no such file")
-        tokenizer.chat_template = file.read_text()
+        try:
+            tokenizer.chat_template = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RediError(f"chat_template: {file}: not UTF-8 text ({error})") from None
     return with_template_arguments(tokenizer, config.chat_template_kwargs)
 
 
@@ -165,6 +170,7 @@ def load_tokenizer_from(name: str, **options: Any) -> Any:
             loader = PreTrainedTokenizerFast if _is_generic(folder) else AutoTokenizer
             return loader.from_pretrained(name, **options)
         except (OSError, ValueError, KeyError, TypeError) as error:
+            check_json(folder)
             why = first_line(error)
     # From a folder that has only config.json, transformers would make an empty tokenizer.
     raise RediError(
@@ -178,7 +184,7 @@ def _is_generic(folder: Path) -> bool:
     file = folder / "tokenizer_config.json"
     if not (file.exists() and (folder / "tokenizer.json").exists()):
         return False
-    named = json.loads(file.read_text()).get("tokenizer_class")
+    named = read_json(file).get("tokenizer_class")
     return named in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
@@ -195,7 +201,9 @@ def load_model_config(config: TrainConfig, *, for_weights: bool = False) -> Any:
         settings = dict(config.architecture or {})
         if "model_type" not in settings:
             raise RediError("architecture: needs model_type, as in a config.json")
-        model_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        with _naming_the_architecture():
+            model_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        _check_names(settings, model_config)
     else:
         try:
             model_config = AutoConfig.from_pretrained(
@@ -213,6 +221,32 @@ def load_model_config(config: TrainConfig, *, for_weights: bool = False) -> Any:
     if config.rope_theta is not None:
         _set_rope_theta(text_config, config.rope_theta)
     return model_config
+
+
+@contextmanager
+def _naming_the_architecture() -> Iterator[None]:
+    """What transformers raises for settings of which no model can be made is of many kinds."""
+    try:
+        yield
+    except RediError:
+        raise
+    except Exception as error:
+        words = " ".join(str(error).split())[:300]
+        raise RediError(
+            f"architecture: no model can be made of it ({type(error).__name__}: {words})"
+        ) from error
+
+
+def _check_names(settings: dict[str, Any], model_config: Any) -> None:
+    """Raises RediError for a name that is nearly one of the model's: transformers takes any."""
+    try:
+        known = {*type(model_config)().to_dict(), *model_config.attribute_map}
+    except Exception:  # a config that is not made without arguments
+        return
+    for name in sorted(settings.keys() - known):
+        near = difflib.get_close_matches(name, known - settings.keys(), n=1, cutoff=0.85)
+        if near:
+            raise RediError(f"architecture: unknown key {name}; did you mean {near[0]}?")
 
 
 def _drop_nothing(model_config: Any) -> None:
@@ -249,7 +283,7 @@ def load_model(config: TrainConfig, *, device: torch.device | str = "cpu") -> Pa
     common = {"dtype": torch.float32, "trust_remote_code": config.trust_remote_code}
     if config.model_name_or_path is None or is_meta:
         torch.manual_seed(config.seed)
-        with torch.device("meta" if is_meta else "cpu"):
+        with torch.device("meta" if is_meta else "cpu"), _naming_the_architecture():
             lm = AutoModelForCausalLM.from_config(model_config, **common)
     else:
         name, revision = config.model_name_or_path, config.model_revision

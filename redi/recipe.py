@@ -11,7 +11,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from redi.errors import RediError
 
@@ -33,10 +33,32 @@ KNOWN_ELSEWHERE = {
 }
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses what a mapping holds twice, of which YAML's readers keep the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found = set()
+        for key, _ in node.value:
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
+            if name in found:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value} is set twice; keep one", problem_mark=key.start_mark
+                )
+            found.add(name)
+        return super().construct_mapping(node, deep)
+
+
 class Strict(BaseModel):
     model_config: ClassVar[ConfigDict] = ConfigDict(
         extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if _is_flag(value, cls.model_fields[info.field_name or ""].annotation):
+            raise ValueError("true and false are no numbers")
+        return value
 
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -51,9 +73,14 @@ def load_config(kind: type[Config], path: str | os.PathLike, overrides: dict[str
     if not file.is_file():
         raise RediError(f"{file}: no such recipe")
     try:
-        content = yaml.safe_load(file.read_text()) or {}
+        content = yaml.load(file.read_bytes(), _Loader) or {}
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RediError(f"{file}: not valid YAML: line {line}: {error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RediError(f"{file}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise RediError(f"{file}: not valid YAML: nested too deeply") from None
     if not isinstance(content, dict):
         raise RediError(f"{file}: a recipe is a mapping of fields to values")
     for key, value in overrides.items():
@@ -123,8 +150,19 @@ def _members(annotation: Any) -> set[Any]:
     return {get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in members}
 
 
+def _is_flag(value: Any, annotation: Any) -> bool:
+    """Whether true or false stands where only a number may: pydantic would read 1 or 0."""
+    kinds = _members(annotation)
+    if isinstance(value, bool):
+        return bool(kinds & {int, float}) and bool not in kinds
+    lists = [kind for kind in kinds if get_origin(kind) is list and isinstance(value, list)]
+    return any(_is_flag(item, get_args(kind)[0]) for kind in lists for item in value)
+
+
 def _explain(kind: type[BaseModel], error: Any) -> str:
-    field = ".".join(str(part) for part in error["loc"])
+    # Of a name that may not be one, pydantic says where twice; the message holds it again.
+    parts = error["loc"][:-2] if error["loc"][-1:] == ("[key]",) else error["loc"]
+    field = ".".join(str(part) for part in parts)
     if error["type"] != "extra_forbidden":
         message = error["msg"].removeprefix("Value error, ")
         if error["type"] == "missing":

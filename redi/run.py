@@ -119,7 +119,7 @@ def run(
     if not isinstance(config, RunConfig):
         config = load_config(RunConfig, config, {})
     job = Job(config)  # before what takes seconds to import: a bad recipe is said at once
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
         raise RediError(
             "redi run is one process: under torchrun run its stages one by one, with redi train"
         )

@@ -5,7 +5,7 @@ drawn at random, what is too much is left out. No run, no evaluation here means 
 """
 
 import contextlib
-import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from redi.config import TrainConfig
 from redi.errors import RediError
+from redi.files import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SOURCES = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name", "eval_dataset_name",
@@ -46,6 +47,7 @@ def read_causal_lm(name: str, **options: Any) -> Any:
                 **options,
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        check_json(Path(name))
         raise RediError(f"{name}: no model could be loaded ({first_line(error)})") from None
     lm, info = loaded
     if getattr(lm, "_hf_peft_config_loaded", False):  # of a Hub name, whose files come one by one
@@ -70,15 +72,23 @@ def check_folder(folder: Path) -> None:
             "is never opened here; where you trust it, load it with transformers once and save it "
             "with save_pretrained, which writes safetensors"
         )
+    for file in weight_files(folder):
+        if not file.exists():
+            raise RediError(f"{folder}: {INDEX} names {file.name}, which is not there")
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise RediError(f"{file}: no whole file of weights ({error}); get it again") from None
 
 
 def check_output_dir(config: TrainConfig) -> None:
     """Raises RediError where the export would be written over, into or around what the run reads,
     links followed, or over a model that no run of redi left there."""
-    out = Path(config.output_dir).resolve()
+    out = Path(os.path.realpath(config.output_dir))  # Path.resolve raises for links in a circle
     for field in SOURCES:
         value = getattr(config, field)
-        there = Path(value or "").resolve()
+        there = Path(os.path.realpath(value or ""))
         if value is None or not (there.exists() or set("*?[") & set(value)):  # as a Hub name
             continue
         inside = there.is_dir() and there in out.parents
@@ -124,12 +134,23 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     if (folder / INDEX).exists():
-        names = json.loads((folder / INDEX).read_text())["weight_map"].values()
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise RediError(f"{folder / INDEX}: names no files of weights; get the model again")
+        names = weight_map.values()
         return [folder / name for name in sorted(set(names))]
     return []
 
 
+def check_json(folder: Path) -> None:
+    """Raises RediError that names the first .json file of a folder that cannot be read, if any."""
+    for file in sorted(folder.glob("*.json")):
+        read_json(file)
+
+
 def first_line(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 

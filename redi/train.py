@@ -24,7 +24,7 @@ from redi.config import TrainConfig
 from redi.data.divergence import push_from_divergence
 from redi.data.pack import Pack, pack_step
 from redi.data.prefetch import Prefetch, pin
-from redi.data.read import read_examples
+from redi.data.read import SAME, read_examples
 from redi.data.tokenize import ChatFormat, Dropped, Tokenized, Trace, tokenize_examples
 from redi.errors import Interrupted, RediError
 from redi.export import export, model_card, whole_weights
@@ -141,6 +141,7 @@ def load_data(config: TrainConfig, tokenizer: Any) -> Tokenized:
     examples = read_examples(name)
     dropped: list[Dropped] = []
     if objective == "sft":
+        dropped = [Dropped(e.id, "no chosen trace") for e in examples if e.chosen is None]
         examples = [replace(e, rejected=None) for e in examples if e.chosen is not None]
     elif all(e.rejected is None for e in examples):
         raise RediError(
@@ -154,6 +155,8 @@ def load_data(config: TrainConfig, tokenizer: Any) -> Tokenized:
         why = "no chosen trace to diverge from"
         dropped = [Dropped(e.id, why) for e in examples if e.chosen is None]
         examples = [e for e in examples if e.chosen is not None]
+    dropped += [Dropped(e.id, SAME) for e in examples if e.chosen == e.rejected]
+    examples = [e for e in examples if e.chosen != e.rejected]
     if not examples or (objective != "sft" and all(e.rejected is None for e in examples)):
         what = "chosen traces" if objective == "sft" else "pairs"
         raise RediError(f"{name}: has no {what}, which objective: {objective} needs")

@@ -232,10 +232,11 @@ def _finish(config: DataConfig, parts: list[Path], aside: Path, report: BuildRep
     if not counts["pairs"] and (wants_pairs or not counts["positives"]):
         dropped = [*report.dropped_rows.items(), *report.dropped_traces.items()]
         raise _NothingLeft(
-            f"{config.path}: no pairs left of {counts['rows read']} rows: "
-            + "; ".join(
-                f"{d['count']} {reason} (first: {d.get('detail') or d['first']})"
-                for reason, d in dropped
+            f"{config.path}: no pairs left of {counts['rows read']} rows"
+            + "".join(
+                f"{'; ' if i else ': '}{d['count']} {reason} (first: "
+                f"{d.get('detail') or d['first']})"
+                for i, (reason, d) in enumerate(dropped)
             )
             + _about_lone_generations(report, config)
         )

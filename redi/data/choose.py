@@ -14,6 +14,7 @@ from redi.config import DataConfig
 from redi.data.files import Block, Unreadable, read_block
 from redi.data.overlap import Overlap, text_of
 from redi.data.read import (
+    SAME,
     Example,
     MissingColumn,
     Problem,
@@ -240,7 +241,9 @@ class Chooser:
         self.wants_pairs |= is_pair
         sides = example.sides
         reason, detail, lengths = None, "", {}
-        if example.source in self.config.exclude_sources:
+        if example.chosen == example.rejected:
+            reason = SAME
+        if reason is None and example.source in self.config.exclude_sources:
             reason = f"source {example.source} excluded"
         is_known = self.overlap.check(example.prompt, where, example.id, self.report)
         reason = reason or _contaminated(self.config, is_known)

@@ -274,6 +274,7 @@ def _cut_parquet(file: Path) -> Cut:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file) as table:
+        _check_names(table.schema_arrow)
         meta = table.metadata
         groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
     total = sum(group.total_byte_size for group in groups) or 1
@@ -290,6 +291,7 @@ def _cut_arrow(file: Path) -> Cut:
     import pyarrow as pa
 
     for batch, size in _arrow_batches(file):
+        _check_names(batch.schema)
         step = max(1, batch.num_rows * BLOCK_BYTES // max(batch.nbytes, 1))
         for start in range(0, batch.num_rows, step):
             piece = batch.slice(start, step)
@@ -298,6 +300,12 @@ def _cut_arrow(file: Path) -> Cut:
                 writer.write_batch(piece)
             share = size * piece.num_rows // batch.num_rows
             yield sink.getvalue().to_pybytes(), piece.num_rows, share
+
+
+def _check_names(schema: Any) -> None:
+    twice = next((name for name in schema.names if schema.names.count(name) > 1), None)
+    if twice is not None:
+        raise OSError(f"the column `{twice}` is there twice")
 
 
 def _arrow_batches(file: Path) -> Iterator[tuple[Any, int]]:
@@ -350,7 +358,8 @@ def _batches(block: Block) -> Iterator[list[dict[str, Any] | Unreadable]]:
                 yield _rows_of(batch)
     elif block.kind == "json":
         rows = _parse(block.payload, kind=list)
-        yield rows if isinstance(rows, list) else [rows]
+        rows = rows if isinstance(rows, list) else [rows]
+        yield [row if isinstance(row, dict | Unreadable) else _no_object(row) for row in rows]
     else:
         for batch in pa.ipc.open_stream(block.payload):
             yield _rows_of(batch)
@@ -366,9 +375,21 @@ def _rows_of(batch: Any) -> list[dict[str, Any] | Unreadable]:
         return [row for i in range(batch.num_rows) for row in _rows_of(batch.slice(i, 1))]
 
 
+class _Twice(ValueError):
+    """A name that an object has twice, of which readers keep the last without a word."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(next(f"`{name}`" for name in names if names.count(name) > 1))
+    return found
+
+
 def _parse(line: bytes, kind: type = dict) -> Any:
     try:
-        row = json.loads(line.rstrip())
+        row = json.loads(line.rstrip(), object_pairs_hook=_object)
         if b"\\ud" in line.lower():  # perhaps half a character, which no file and no model takes
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
@@ -377,19 +398,25 @@ def _parse(line: bytes, kind: type = dict) -> Any:
         return Unreadable("not UTF-8 text", "half of a surrogate pair")
     except json.JSONDecodeError as error:
         return Unreadable("not JSON", f"{error.msg} at column {error.colno}")
+    except _Twice as error:
+        return Unreadable("a field is there twice", str(error))
     except ValueError as error:  # an integer of more digits than Python reads
         return Unreadable("not JSON", str(error))
     except RecursionError:
         return Unreadable("not JSON", "nested too deeply")
-    if not isinstance(row, kind):
-        expected = "an object with named columns" if kind is dict else "a list of objects"
-        return Unreadable(f"not {expected}", kind_of(row))
-    return row
+    if isinstance(row, kind):
+        return row
+    return _no_object(row) if kind is dict else Unreadable("not a list of objects", kind_of(row))
+
+
+def _no_object(row: Any) -> Unreadable:
+    return Unreadable("not an object with named columns", kind_of(row))
 
 
 def kind_of(value: Any) -> str:
     """What a value is, in words for error messages."""
-    kinds = {str: "text", list: "a list", dict: "an object", bool: "true/false", type(None): "null"}
+    kinds = {str: "text", list: "a list", dict: "an object", bool: "true/false", type(None): "null",
+             bytes: "bytes"}  # fmt: skip
     return f"{kinds.get(type(value), 'a number')} ({str(value)[:40]!r})"
 
 

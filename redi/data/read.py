@@ -33,6 +33,9 @@ JUDGE_COLUMNS = {
 }
 
 
+SAME = "chosen and rejected are the same text"  # of a row that can teach nothing
+
+
 class MissingColumn(RediError):
     """What ails all rows of a file, not this one."""
 
@@ -235,6 +238,8 @@ def _shared_prompt(row: dict[str, Any], where: str, sides: dict[str, list[Messag
         raise RediError(f"{where}: `chosen` and `rejected` begin with different prompts")
     if not before:
         prompt = problem_of(row, where)
+        if row[_column(row, where, *PROBLEM_COLUMNS)] is None:
+            raise RediError(f"{where}: the prompt is null, and nothing stands before the answer")
         is_chat = any(isinstance(row.get(key), list) for key in (*sides, "completion"))
         return make_prompt(prompt) if is_chat else prompt
     if isinstance(row.get("prompt"), list) and _messages(row["prompt"], where, "prompt") != before:

@@ -492,6 +492,11 @@ def _start(
     folder.mkdir(parents=True, exist_ok=True)
     found = read_json(folder / "evaluation.json") or read_json(folder / "metrics.json")
     generations = folder / "generations.jsonl"
+    if generations.exists() and generations.stat().st_size and not found:
+        raise RediError(
+            f"{generations}: no evaluation of redi has left it (there is no evaluation.json beside "
+            "it); move it away, or choose another output_dir"
+        )
     is_same = found.get("fingerprint") == identity["fingerprint"]
     is_graded = found.get("rules") == identity["rules"]
     if is_same and not is_graded and (kept := len(_keep_whole_lines(generations))):
