@@ -317,7 +317,8 @@ def main() -> None:
         command = typer.main.get_command(app)
         with command.make_context("redi", sys.argv[1:] or ["--help"]) as context:
             command.invoke(context)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is None where it was closed from the start
+            sys.stdout.flush()
     except typer.Exit as end:  # of --help
         sys.exit(end.exit_code)
     except RediError as error:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from redi.errors import RediError
 from redi.files import write_text
 
 # What a step's time goes to (redi/meter.py measures it), in the order in which pages show it.
@@ -84,14 +85,21 @@ def _line(row: dict[str, float]) -> str:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """All whole lines of a metrics.jsonl, without what is null (a skipped step's loss); a last line
-    torn by a kill is ignored."""
+    torn by a kill is ignored. Raises RediError for any other line that no run has written."""
     rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append({k: v for k, v in json.loads(line).items() if v is not None})
-            except json.JSONDecodeError:
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if number == len(lines) > 1:
                 break
+            row = None
+        if not isinstance(row, dict) or not all(
+            value is None or isinstance(value, int | float) for value in row.values()
+        ):
+            raise RediError(f"{path} line {number}: not a row of redi's log; move the file away")
+        rows.append({key: value for key, value in row.items() if value is not None})
     return rows
 
 

@@ -10,6 +10,7 @@ import hashlib
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -474,7 +475,9 @@ def make_optimizer(model: PackedLM, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def _announcement(state: TrainState, data: Tokenized, ranks: distributed.Ranks) -> str:
-    dropped = f", {len(data.dropped)} dropped" if data.dropped else ""
+    reasons = Counter(dropped.reason for dropped in data.dropped)
+    why = ", ".join(f"{number} {reason}" for reason, number in reasons.items())
+    dropped = f", {len(data.dropped)} dropped ({why})" if data.dropped else ""
     where = f" on {ranks.world_size} ranks" if ranks.world_size > 1 else ""
     continued = f", continuing after step {state.step}" if state.step else ""
     steps = f"{state.total_steps} steps{where}{continued}"

@@ -62,6 +62,8 @@ def check_head(lm: Any, head: Callable[..., Any]) -> tuple[Tensor, Tensor]:
         largest = _largest(own.logits)
         y_T = torch.cat([labels_T[1:], labels_T.new_tensor([-100])])
         loss, own_loss = (float(z) for z in (head(sft_loss, x_TH, y_T).loss, own.loss))
+        if own_loss != own_loss:
+            raise Mismatch(f"{name}: its loss is NaN on any text: its weights hold NaN or infinity")
         if not abs(loss - own_loss) <= _slack(own.logits, largest):
             raise Mismatch(
                 f"{name}: its own loss is {own_loss:.6g} where its next-token loss is {loss:.6g}. "

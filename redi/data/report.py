@@ -67,9 +67,13 @@ class BuildReport:
     def load(cls, file: Path) -> "BuildReport":
         """Raises RediError for a file that no build has written."""
         try:
-            return cls(**json.loads(file.read_text(encoding="utf-8")))
+            report = cls(**json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise RediError(f"{file}: not a report of redi data build ({error})") from None
+        for name, usual in vars(cls()).items():
+            if type(getattr(report, name)) is not type(usual):
+                raise RediError(f"{file}: not a report of redi data build ({name} is none)")
+        return report
 
     def json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"

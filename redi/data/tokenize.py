@@ -56,6 +56,10 @@ class Tokenized:
     dropped: list[Dropped]
 
 
+# What templates that name no roles are made for.
+_ROLES = {"system", "developer", "user", "assistant", "tool"}
+
+
 class ChatFormat:
     """How one tokenizer turns a prompt and a completion into ids.
 
@@ -273,6 +277,12 @@ class ChatFormat:
         from jinja2 import TemplateError
 
         template = self.tokenizer.get_chat_template()
+        for role in {message["role"] for message in messages} - _ROLES:
+            if role not in template:  # templates write any role's name where a turn begins
+                raise RediError(
+                    f"role {role!r} is none that the chat template knows; use system, user, "
+                    "assistant or tool"
+                )
         if "strftime_now" in template:
             kwargs["chat_template"] = _PINNED_DATE + template
         try:

@@ -3,22 +3,31 @@
 `make test-slow` prints kind, exit code and message of each.
 """
 
+import ctypes
 import hashlib
 import logging
 import os
+import resource
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import threading
+import time
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
-from bad_inputs import KINDS, Kind, make_world, put
+from bad_inputs import BUILD, KINDS, RAW, TRAINS, Kind, make_world, put
 
 from redi import cli
 
+ROOT = Path(__file__).parents[2]
 PATIENCE = 60  # seconds for one command
 # What redi writes beside its messages: notes, warnings, progress.
 NOISE = ("warning: ", "WARNING: ", "== ", "model: ", "page: ")
@@ -74,10 +83,12 @@ def contents(folder: Path) -> dict[str, str]:
     """Digests of all files of the folder, links unfollowed."""
     found = {}
     for file in sorted(folder.rglob("*")):
+        name = str(file.relative_to(folder))
         if file.is_symlink():
-            found[str(file.relative_to(folder))] = os.readlink(file)
+            found[name] = os.readlink(file)
         elif file.is_file():
-            found[str(file.relative_to(folder))] = hashlib.sha256(file.read_bytes()).hexdigest()
+            is_shut = not file.stat().st_mode & 0o400
+            found[name] = "" if is_shut else hashlib.sha256(file.read_bytes()).hexdigest()
     return found
 
 
@@ -115,7 +126,7 @@ def faults(kind: Kind, code, said: str, lost: list[str]) -> list[str]:
     lines = [line for line in said.splitlines() if line.strip() and not line.startswith(NOISE)]
     errors = [line for line in lines if line.startswith("error: ")]
     found = [] if code == kind.code else [f"exit {code}"]
-    if len(errors) != 1 or lines[-1:] != errors:
+    if kind.code and (len(errors) != 1 or lines[-1:] != errors):
         found.append(f"{len(errors)} errors in {len(lines)} lines")
     message = errors[-1] if errors else said
     found += [f"no {word!r}" for word in kind.words if word not in message]
@@ -145,3 +156,127 @@ def test_every_kind_gets_one_line_and_nothing_is_lost(world, tmp_path, server, m
     finally:
         signal.signal(signal.SIGALRM, previous)
     assert not wrong, f"{len(wrong)} of {len(KINDS)}\n" + "\n".join(wrong)
+
+
+@dataclass(frozen=True)
+class Process:
+    """A command as a program of its own: what is done to it, and what becomes of it."""
+
+    name: str
+    command: str
+    words: tuple[str, ...]
+    code: int = 2
+    files: dict = field(default_factory=dict)
+    signal: int | None = None  # sent as soon as `when` is there and not empty
+    when: str = ""
+    inside: Callable[[], Any] | None = None  # runs in the process, before redi
+    environment: dict[str, str] = field(default_factory=dict)
+    stdout: str = "pipe"  # "closed", or "deaf": nobody reads
+    keeps: tuple[str, ...] = ()  # must be there afterwards
+
+
+def small_disk(size: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def no_superuser() -> None:
+    """Root reads and writes what its mode forbids; not without these two capabilities."""
+    libc = ctypes.CDLL(None)
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP: from the next exec on
+
+
+ENDLESS = f"{TRAINS} --max_steps 100000 --save_steps 100000"
+MANY = [RAW[0] | {"id": str(i), "problem": f"{i}+1?", "generations": [r"\boxed{\frac42}"] * 8}
+        for i in range(9000)]  # fmt: skip
+PROCESSES = [
+    Process("Ctrl-C in a training", ENDLESS, ("stopped after step", "checkpoint saved"), 130,
+            signal=signal.SIGINT, when="out/metrics.jsonl", keeps=("out/latest",)),
+    Process("SIGTERM in a training", ENDLESS, ("stopped after step", "checkpoint saved"), 0,
+            signal=signal.SIGTERM, when="out/metrics.jsonl", keeps=("out/latest",)),
+    Process("Ctrl-C in a build", BUILD, ("interrupted; what was finished is kept",), 130,
+            files={"raw.jsonl": MANY}, signal=signal.SIGINT, when="built/.building/fingerprint"),
+    Process("a disk that fills up with a model", TRAINS, ("out", "free space"),
+            inside=small_disk(20_000)),
+    Process("a disk that fills up with data", BUILD, ("built", "cannot be written"),
+            inside=small_disk(100)),
+    Process("a disk that fills up with a page", "report model", ("results.html",),
+            inside=small_disk(1000)),
+    Process("data nobody may read", TRAINS, ("pairs.jsonl", "ermission"), inside=no_superuser),
+    Process("a folder nobody may write", f"{TRAINS} --output_dir shut", ("shut", "ermission"),
+            inside=no_superuser),
+    Process("a recipe nobody may read", TRAINS, ("recipe.yaml", "ermission"), inside=no_superuser),
+    Process("no standard output", "plan recipe.yaml --gpus 0", (), 0, stdout="closed"),
+    Process("an output that nobody reads", "plan recipe.yaml --gpus 0", (), 1, stdout="deaf"),
+    Process("a name the terminal cannot write", "train --config rezept-\u00e9\u4e2d.yaml",
+            ("rezept-", "no such recipe"),
+            environment={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}),
+    Process("a name that is no text", "train --config r\udcff.yaml", ("no such recipe",)),
+]  # fmt: skip
+
+
+def start(case: Process, folder: Path) -> subprocess.Popen:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE}
+    inside = case.inside
+    if case.stdout == "closed":
+        streams, inside = {}, lambda: os.close(1)
+    if case.stdout == "deaf":
+        reading, streams["stdout"] = os.pipe()
+        os.close(reading)
+    program = [sys.executable, "-c", "from redi.cli import main; main()"]
+    started = subprocess.Popen(
+        program + shlex.split(case.command), cwd=folder, stderr=subprocess.PIPE, preexec_fn=inside,
+        env=os.environ | environment | case.environment, **streams,
+    )  # fmt: skip
+    if case.stdout == "deaf":
+        os.close(streams["stdout"])
+    return started
+
+
+def end(case: Process, started: subprocess.Popen, folder: Path) -> tuple[Any, str]:
+    """(exit code, what it said on standard error)"""
+    last = time.monotonic() + 2 * PATIENCE
+    mark = folder / case.when
+    while case.signal and started.poll() is None and time.monotonic() < last:
+        if mark.exists() and mark.stat().st_size:
+            started.send_signal(case.signal)
+            break
+        time.sleep(0.05)
+    try:
+        _, said = started.communicate(timeout=2 * PATIENCE)
+    except subprocess.TimeoutExpired:
+        started.kill()
+        return "no end", started.communicate()[1].decode("utf-8", "replace")
+    return started.returncode, said.decode("utf-8", "replace")
+
+
+@pytest.mark.slow
+def test_processes_are_told_in_one_line_too(world, tmp_path, capfd):
+    wrong = []
+    for number, case in enumerate(PROCESSES):
+        folder = tmp_path / str(number)
+        shutil.copytree(world, folder, symlinks=True)
+        for name, content in case.files.items():
+            put(folder / name, content)
+        if case.inside is no_superuser:
+            (folder / "shut").mkdir(mode=0o500)
+            closed = "recipe.yaml" if "recipe" in case.name else "pairs.jsonl"
+            if "write" not in case.name:
+                (folder / closed).chmod(0)
+        before = contents(folder)
+        code, said = end(case, start(case, folder), folder)
+        after = contents(folder)
+        kind = Kind(case.name, case.command, case.words, code=case.code)
+        lost = [name for name, digest in before.items() if after.get(name) != digest]
+        lost += [name for name in case.keeps if name not in after]
+        found = faults(kind, code, said, lost) if case.code == 2 else []
+        found += [f"no {word!r}" for word in case.words if word not in said]
+        found += [f"exit {code}"] * (code != case.code) + ["a traceback"] * ("Traceback" in said)
+        message = (said.strip().splitlines() or [""])[-1]
+        with capfd.disabled():
+            print(f"{case.name:<44} {code!s:>4}  {message}", flush=True)
+        if found or lost:
+            wrong.append(f"{case.name}: {'; '.join(found + lost)}\n    {said[-900:]}")
+    assert not wrong, "\n".join(wrong)

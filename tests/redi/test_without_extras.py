@@ -88,7 +88,7 @@ def test_without_extras_commands_work_or_say_what_to_install(bare, tmp_path):
         "report out",
         "compare one two --output c.html",
     )
-    for code, out, err in (plan, dry, train, report, compare):
+    for code, _, err in (plan, dry, train, report, compare):
         assert code == 0, err
     assert "out (2 steps)" in train[1] and "page: c.html" in compare[1]
     for (code, _, err), words in (
