@@ -95,7 +95,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
             if number == len(lines) > 1:
                 break
             row = None
-        if not isinstance(row, dict) or not all(
+        if not (isinstance(row, dict) and isinstance(row.get("step"), int | float)) or not all(
             value is None or isinstance(value, int | float) for value in row.values()
         ):
             raise RediError(f"{path} line {number}: not a row of redi's log; move the file away")

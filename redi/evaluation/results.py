@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import comb, sqrt
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 import numpy as np
@@ -246,19 +247,32 @@ def load_results(output_dir: str | os.PathLike) -> dict[str, EvalResult]:
     }
 
 
-def _read_rows(file: Path) -> list[dict[str, Any]]:
+# What the rows of an evaluation's files hold; more may be in them.
+_SAMPLE = {"problem": int, "sample": int, "id": str, "verdict": str, "finished": bool,
+           "num_tokens": (int, NoneType)}  # fmt: skip
+_PAIR = {"id": str, "chosen": float, "rejected": float}
+_VOTE = {"groups": list}
+
+
+def _read_rows(file: Path, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in file.open(encoding="utf-8")]
-        if not rows or not all({"problem", "sample", "verdict"} <= row.keys() for row in rows):
-            raise ValueError("no samples" if not rows else "a row that is no sample")
-    except (OSError, ValueError, AttributeError) as error:
+        if not rows:
+            raise ValueError("no samples")
+        if not all(isinstance(row, dict) and _holds(row, fields) for row in rows):
+            raise ValueError("a row that is no sample")
+    except (OSError, ValueError) as error:
         raise RediError(f"{file}: cannot be read ({error}); run the same redi eval again") from None
     return rows
 
 
+def _holds(row: dict[str, Any], fields: Mapping[str, Any]) -> bool:
+    return all(name in row and isinstance(row[name], kind) for name, kind in fields.items())
+
+
 def read_result(folder: Path, model: str) -> EvalResult:
     """From the samples of an evaluation. Raises RediError unless every problem has all of them."""
-    rows = _read_rows(folder / "generations.jsonl")
+    rows = _read_rows(folder / "generations.jsonl", _SAMPLE)
     rows.sort(key=lambda row: (row["problem"], row["sample"]))
     shape = (rows[-1]["problem"] + 1, max(row["sample"] for row in rows) + 1)
     there = [(row["problem"], row["sample"]) for row in rows]
@@ -270,7 +284,7 @@ def read_result(folder: Path, model: str) -> EvalResult:
     column = lambda key: np.array([row[key] for row in rows]).reshape(shape)
     pairs = None
     if (folder / "pairs.jsonl").exists():
-        scored = [json.loads(line) for line in (folder / "pairs.jsonl").open(encoding="utf-8")]
+        scored = _read_rows(folder / "pairs.jsonl", _PAIR)
         pairs = PairScores(
             tuple(row["id"] for row in scored),
             np.array([row["chosen"] for row in scored]),
@@ -279,12 +293,19 @@ def read_result(folder: Path, model: str) -> EvalResult:
     ids = tuple(row["id"] for row in rows[:: shape[1]])
     groups = None
     if (folder / "votes.jsonl").exists():
-        votes = [json.loads(line) for line in (folder / "votes.jsonl").open(encoding="utf-8")]
-        groups = np.array([row["groups"] for row in votes]).reshape(shape)
+        votes = [row["groups"] for row in _read_rows(folder / "votes.jsonl", _VOTE)]
+        if [len(vote) for vote in votes] != [shape[1]] * shape[0]:
+            raise RediError(
+                f"{folder / 'votes.jsonl'}: votes on other samples; run the same redi eval again"
+            )
+        groups = np.array(votes)
     settings = {}
     if (file := folder / "evaluation.json").exists():
         found = read_json(file)
-        found |= found.get("config", {})
+        config = found.get("config", {})
+        if not isinstance(config, dict):
+            raise RediError(f"{file}: not the settings of an evaluation; run redi eval again")
+        found |= config
         settings = {key: found.get(key) for key in SETTINGS}
         settings["chat_template_kwargs"] = settings["chat_template_kwargs"] or None
     verdicts, finished, num_tokens = map(column, ("verdict", "finished", "num_tokens"))

@@ -88,8 +88,16 @@ def read_stages(root: Path, arms: list[str]) -> dict[str, Stage]:
     for folder in folders:
         rows = read_metrics(folder / "metrics.jsonl")
         if rows:
-            stages[folder.name] = Stage(folder, rows, read_json(folder / "train_result.json"))
+            stages[folder.name] = Stage(folder, rows, _read_result(folder / "train_result.json"))
     return {name: stages[name] for name in _in_order(stages, arms)}
+
+
+def _read_result(file: Path) -> dict[str, Any]:
+    result = read_json(file)
+    for name in ("steps", "num_examples", "num_dropped") if result else ():
+        if type(result.get(name)) is not int:
+            raise RediError(f"{file}: not the result of redi train ({name} is no number)")
+    return result
 
 
 def read_results(root: Path, arms: list[str]) -> dict[str, EvalResult]:

@@ -205,7 +205,7 @@ PROCESSES = [
     Process("data nobody may read", TRAINS, ("pairs.jsonl", "ermission"), inside=no_superuser),
     Process("a folder nobody may write", f"{TRAINS} --output_dir shut", ("shut", "ermission"),
             inside=no_superuser),
-    Process("a recipe nobody may read", TRAINS, ("recipe.yaml", "ermission"), inside=no_superuser),
+    Process("a recipe nobody may read", TRAINS, ("recipe.yaml", "not readable"), inside=no_superuser),
     Process("no standard output", "plan recipe.yaml --gpus 0", (), 0, stdout="closed"),
     Process("an output that nobody reads", "plan recipe.yaml --gpus 0", (), 1, stdout="deaf"),
     Process("a name the terminal cannot write", "train --config rezept-\u00e9\u4e2d.yaml",
