@@ -169,7 +169,7 @@ def load_tokenizer_from(name: str, **options: Any) -> Any:
             # tokenizer.json of one's own says: stage 2 would read other ids than stage 1.
             loader = PreTrainedTokenizerFast if _is_generic(folder) else AutoTokenizer
             return loader.from_pretrained(name, **options)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # of many kinds, and all of them about the files
             check_json(folder)
             why = first_line(error)
     # From a folder that has only config.json, transformers would make an empty tokenizer.
@@ -211,7 +211,7 @@ def load_model_config(config: TrainConfig, *, for_weights: bool = False) -> Any:
                 revision=config.model_revision,
                 trust_remote_code=config.trust_remote_code,
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of many kinds, and all of them about the files
             raise RediError(
                 f"{config.model_name_or_path}: no model could be loaded ({first_line(error)})"
             ) from None

@@ -46,7 +46,7 @@ def read_causal_lm(name: str, **options: Any) -> Any:
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 **options,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # of many kinds, and all of them about the files
         check_json(Path(name))
         raise RediError(f"{name}: no model could be loaded ({first_line(error)})") from None
     lm, info = loaded
@@ -151,6 +151,8 @@ def check_json(folder: Path) -> None:
 def first_line(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"{error} is missing"
+    if isinstance(error, TypeError | AttributeError):
+        return f"{type(error).__name__}: {error}"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
