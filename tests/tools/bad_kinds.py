@@ -92,7 +92,7 @@ RECIPES = [
     kind("an arm twice", "run run.yaml", "run.yaml", "redi",
          files={"run.yaml": yaml.safe_dump(changed(RUN, arms=None))
                 + "arms: {redi: {alpha: 0.1}, redi: {alpha: 0.9}}\n"}),
-    kind("a recipe nested without end", TRAINS, "recipe.yaml", files={"recipe.yaml": "[" * 5000}),
+    kind("a recipe nested without end", TRAINS, "recipe.yaml", files={"recipe.yaml": "[" * 1200}),
     kind("a Python object in a recipe", TRAINS, "recipe.yaml",
          files={"recipe.yaml": "alpha: !!python/object/apply:os.getcwd []"}),
     kind("a run's recipe for train", "train --config run.yaml", "run.yaml", "unknown key arms"),
