@@ -10,7 +10,9 @@ import pytest
 import tiny
 import yaml
 
+import redi.data.verify
 from redi import preflight
+from redi.config import EvalConfig
 from redi.errors import RediError
 
 ROOT = Path(__file__).parents[2]
@@ -107,3 +109,11 @@ def test_a_folder_with_an_owners_name_does_not_make_its_models_paths(tmp_path, m
     for name in ("raw/b", "raw/b@train", "runs/b"):
         with pytest.raises(RediError, match=f"path: {name}: no such file or folder"):
             preflight.check_data("path", name)
+
+
+def test_math_verify_is_asked_for_before_a_model_is_trained(tmp_path, monkeypatch):
+    problems = tiny.write_jsonl(tmp_path / "test.jsonl", [{"problem": "1+1?", "answer": "2"}])
+    monkeypatch.setattr(redi.data.verify, "find_spec", lambda name: None)
+    with pytest.raises(RediError, match="needs math-verify; run pip install"):
+        preflight.check_questions(EvalConfig(dataset_name=str(problems)))
+    preflight.check_questions(EvalConfig(dataset_name=str(problems), grader="rllm"))
