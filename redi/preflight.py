@@ -1,7 +1,7 @@
 """What a recipe names, looked for before any work: files, folders, names on the Hub.
 
 Nothing here needs torch or transformers, and nothing goes to the network, so that a mistyped path
-is said at once. A folder that is not there is never taken for a name on the Hub: see `is_a_path`.
+is said at once. What `is_a_path` takes for a path is never asked of the Hub.
 """
 
 import re

@@ -39,7 +39,7 @@ from bad_inputs import (
 COMMAND_LINE = [
     kind("no such command", "trian", "trian"),
     kind("an option before the command", "--verbose train", "--verbose"),
-    kind("run without its recipe", "run", "recipe"),
+    kind("run without its recipe", "run", "Missing argument"),
     kind("eval without a model", "eval --dataset_name test.jsonl --output_dir answers", "--model"),
     kind("train without anything", "train", "dataset_name is required", "output_dir is required"),
     kind("a stray word", f"{TRAINS} stray", "stray", "--field value"),
