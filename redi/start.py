@@ -74,12 +74,16 @@ def check_folder(folder: Path) -> None:
         )
     for file in weight_files(folder):
         if not file.exists():
-            raise RediError(f"{folder}: {INDEX} names {file.name}, which is not there")
+            raise RediError(
+                f"{folder}: no model could be loaded ({INDEX} names {file.name}, which is not there)"
+            )
         try:
             with safe_open(file, "pt"):
                 pass
         except (OSError, SafetensorError) as error:
-            raise RediError(f"{file}: no whole file of weights ({error}); get it again") from None
+            raise RediError(
+                f"{folder}: no model could be loaded ({file.name}: {error}); get that file again"
+            ) from None
 
 
 def check_output_dir(config: TrainConfig) -> None:
