@@ -75,7 +75,7 @@ def check_folder(folder: Path) -> None:
     for file in weight_files(folder):
         if not file.exists():
             raise RediError(
-                f"{folder}: no model could be loaded ({INDEX} names {file.name}, which is not there)"
+                f"{folder}: no model could be loaded ({INDEX} names {file.name}, which is missing)"
             )
         try:
             with safe_open(file, "pt"):
