@@ -26,7 +26,7 @@ from redi.data.choose import Chooser
 from redi.data.files import Block, blocks, find_files, name_of, unread
 from redi.data.overlap import Overlap
 from redi.data.pool import WorkerDied, run_all
-from redi.data.report import BuildReport
+from redi.data.report import COUNTS, BuildReport
 from redi.data.table import Part, merge
 from redi.data.tokenize import digest_tokenizer, with_template_arguments
 from redi.data.verify import Verifier, grading_rules, num_cores
@@ -223,8 +223,7 @@ def _work_on(chooser: Chooser, tasks: Iterator[Task], aside: Path) -> Iterator[t
 
 def _finish(config: DataConfig, parts: list[Path], aside: Path, report: BuildReport) -> BuildReport:
     """Merges the parts and writes the four files into `aside`."""
-    names = ("rows read", "traces read", "traces correct", "traces incorrect", "traces kept")
-    report.counts.update(dict.fromkeys((*names, "positives", "pairs"), 0))
+    report.counts.update(dict.fromkeys(COUNTS, 0))
     wants_pairs = merge(parts, aside, report, config)
     counts = report.counts
     if not counts["rows read"]:

@@ -13,6 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 from redi.errors import RediError
 
 MAX_EXAMPLES = 3  # shown for each reason and each evaluation set
+# What every build counts, be it 0.
+COUNTS = ("rows read", "traces read", "traces correct", "traces incorrect", "traces kept",
+          "positives", "pairs")  # fmt: skip
 _BINS = 4  # histogram bins for each doubling of the length
 
 

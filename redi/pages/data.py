@@ -9,7 +9,7 @@ from typing import Any
 
 from redi.data.detokenize import token_texts
 from redi.data.read import Example, read_rows, to_example
-from redi.data.report import BuildReport
+from redi.data.report import COUNTS, BuildReport
 from redi.data.tokenize import Trace, tokenize_examples
 from redi.errors import RediError
 from redi.pages.charts import histogram
@@ -138,6 +138,9 @@ def write_data_page(folder: Path, file: Path | None = None) -> Path:
         raise RediError(f"{folder}: no report.json; run `redi data build` first")
     report = vars(BuildReport.load(source))
     counts = report["counts"]
+    lacking = [name for name in COUNTS if name not in counts]
+    if lacking:
+        raise RediError(f"{source}: not a report of redi data build (no count of {lacking[0]})")
     dropped = {what: report[f"dropped_{what}"] for what in ("rows", "traces")}
     examples = report.get("examples", {})
     return write_page(
