@@ -570,10 +570,12 @@ def test_compiled_equals_eager() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_short_calls_are_exact(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_and_narrow_calls_are_exact(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()  # as shipped
-    for T, is_exact in ((255, True), (300, False)):
-        problem = text(dtype, T, 1000, 64, likely=0.3)
+    for T, H, is_exact in ((255, 64, True), (300, 31, True), (300, 64, False)):
+        problem = text(dtype, T, 1000, H, likely=0.3)
         problem = replace(problem, y_T=problem.y_T.clamp(min=0))
         result, report = fused(problem, 2.0)
         assert report is not None
