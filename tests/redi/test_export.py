@@ -1,5 +1,6 @@
 """What goes out is what came in, but for what was trained."""
 
+import functools
 import json
 import os
 import stat
@@ -10,7 +11,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from starts import FAMILIES, make_start, settings_for
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from redi.config import TrainConfig
 from redi.export import export, whole_weights
@@ -109,6 +110,37 @@ def test_the_generation_config_is_the_starts_and_the_templates_stop(tmp_path):
     went = read_json(exported(start, output_dir=str(tmp_path / "b")), "generation_config.json")
     assert went["eos_token_id"] == [3]
     assert went["pad_token_id"] == 0
+
+
+def test_tensors_keep_their_dtypes_in_several_files(tmp_path, monkeypatch):
+    start = make_start(tmp_path / "start", dtype=torch.bfloat16)
+    came = load_file(start / "model.safetensors")
+    name = "model.layers.1.mlp.gate_proj.weight"
+    came[name] = came[name].float() + 1e-5
+    save_file(came, start / "model.safetensors", {"format": "pt"})
+    own = PreTrainedModel.save_pretrained
+    in_parts = functools.partialmethod(own, max_shard_size="30KB")
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", in_parts)
+    out = exported(start)
+    index = read_json(out, "model.safetensors.index.json")
+    files = set(index["weight_map"].values())
+    went = {k: v for file in files for k, v in load_file(out / file).items()}
+    assert len(files) > 2 and went.keys() == came.keys() == index["weight_map"].keys()
+    assert all(went[k].dtype == v.dtype and torch.equal(went[k], v) for k, v in came.items())
+    assert index["metadata"]["total_size"] == sum(v.nbytes for v in came.values())
+    assert {stat.S_IMODE((out / file).stat().st_mode) & 0o77 for file in files} != {0}
+
+
+def test_templates_by_name_go_along_twice(tmp_path):
+    """They have a folder, which is there already where an export was killed."""
+    start = make_start(tmp_path / "start")
+    by_name = {"default": tiny.TEMPLATE, "tool_use": tiny.TEMPLATE + "{# tools #}"}
+    tokenizer = tiny.make_tokenizer(template=by_name)
+    tokenizer.save_pretrained(start)
+    for _ in range(2):
+        out = exported(start)
+        assert AutoTokenizer.from_pretrained(out).chat_template == by_name
+        assert not (out / "export.tmp").exists()
 
 
 def test_files_are_as_readable_as_others(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 from redi_kernels import modelcheck
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2ForCausalLM, Trainer
 
 from redi import selfcheck
 from redi.data.pack import pack_traces
@@ -278,6 +278,16 @@ def test_norms_that_are_matrices_do_not_decay(tmp_path):
     assert any(p.ndim == 2 for p in norms)
     assert {id(p) for p in norms} <= {id(p) for p in kept}
     assert all(p.ndim >= 2 for p in decayed)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "cohere", "recurrent_gemma", "gpt_oss"])
+def test_what_decays_is_what_transformers_decays(tmp_path, family):
+    """But for its vectors: biases of experts and of gates are matrices, and do not."""
+    lm = build(family, **{"cohere": {"use_qk_norm": True}, "gpt_oss": MOE}.get(family, {}))
+    (group, _) = make_optimizer(PackedLM(lm), recipe(tmp_path)).param_groups
+    names = Trainer.get_decay_parameter_names(None, lm)
+    theirs = {id(p) for name, p in lm.named_parameters() if name in names and p.ndim >= 2}
+    assert {id(p) for p in group["params"]} == theirs
 
 
 def test_a_scored_hybrid_is_scored_one_trace_at_a_time():
