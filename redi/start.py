@@ -112,8 +112,8 @@ def check_output_dir(config: TrainConfig) -> None:
     foreign = [name for name in EXPORTED if (out / name).exists()]
     if foreign and not any((out / name).exists() for name in OWN):
         raise RediError(
-            f"output_dir: {config.output_dir} holds {foreign[0]} already, which no run of redi left "
-            "there and this one would write over; choose another output_dir"
+            f"output_dir: {config.output_dir} holds {foreign[0]} already, which no run of redi "
+            "left there and this one would write over; choose another output_dir"
         )
 
 

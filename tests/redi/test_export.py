@@ -98,10 +98,10 @@ def test_dropout_goes_out_as_it_came(tmp_path):
 
 
 def test_the_generation_config_is_the_starts_and_the_templates_stop(tmp_path):
-    """Even one that transformers refuses to write: a temperature without sampling."""
+    """Even one that transformers refuses to write: several answers without sampling."""
     start = make_start(tmp_path / "start")
     came = {"eos_token_id": [5, 7], "temperature": 0.6, "top_p": 0.9, "do_sample": False,
-            "bos_token_id": 1, "pad_token_id": 11}  # fmt: skip
+            "num_return_sequences": 3, "bos_token_id": 1, "pad_token_id": 11}  # fmt: skip
     (start / "generation_config.json").write_text(json.dumps(came))
     out = exported(start)
     went = read_json(out, "generation_config.json")
@@ -110,6 +110,15 @@ def test_the_generation_config_is_the_starts_and_the_templates_stop(tmp_path):
     went = read_json(exported(start, output_dir=str(tmp_path / "b")), "generation_config.json")
     assert went["eos_token_id"] == [3]
     assert went["pad_token_id"] == 0
+
+
+def test_a_model_from_scratch_stops_where_the_template_does(tmp_path):
+    """Not at the token that its class's config happens to name."""
+    architecture = tiny.architecture("llama")
+    del architecture["eos_token_id"]
+    assert AutoConfig.for_model("llama").eos_token_id == 2
+    out = train(tiny.train_settings(tmp_path, architecture=architecture, max_steps=1)).output_dir
+    assert read_json(out, "generation_config.json")["eos_token_id"] == [3]
 
 
 def test_tensors_keep_their_dtypes_in_several_files(tmp_path, monkeypatch):

@@ -18,9 +18,10 @@ def bench_is_importable(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
 
 
-# A body of another name; a decoder inside the body; blocks that drop attention's keywords; a
-# language model inside a multimodal one; a config that does not read the old names of its rope.
-@pytest.mark.parametrize("family", ["gpt2", "opt", "nemotron", "gemma3", "gemma4_text"])
+# A body of another name, a head too; a decoder inside the body; blocks that drop attention's
+# keywords; a language model inside a multimodal one; a config that does not read the old names of
+# its rope.
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "nemotron", "gemma3", "gemma4_text"])
 def test_parts_are_found_by_structure(family):
     from family_checks import check_family
 

@@ -89,6 +89,16 @@ def test_every_leak_is_found_by_some_question(leak, dtype, finds):
     assert (not difference <= limit) == finds
 
 
+def test_buffers_that_a_forward_changes_are_put_back():
+    """As running statistics, or frequencies that grow with the longest sequence."""
+    module = nn.BatchNorm1d(H).train()
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    states = lambda ids_T, lengths: module(EMBEDDING[ids_T])
+    modelcheck.mixing(states, module, lambda number, seed: torch.arange(number) + seed)
+    assert module.training
+    assert all(torch.equal(before[name], buffer) for name, buffer in module.named_buffers())
+
+
 class Learned(Qwen2ForCausalLM):
     """With parameters of its own that do nothing yet."""
 
