@@ -98,10 +98,10 @@ def test_dropout_goes_out_as_it_came(tmp_path):
 
 
 def test_the_generation_config_is_the_starts_and_the_templates_stop(tmp_path):
-    """Even one that transformers refuses to write: several answers without sampling."""
+    """Even one that contradicts itself: a temperature without sampling."""
     start = make_start(tmp_path / "start")
     came = {"eos_token_id": [5, 7], "temperature": 0.6, "top_p": 0.9, "do_sample": False,
-            "num_return_sequences": 3, "bos_token_id": 1, "pad_token_id": 11}  # fmt: skip
+            "bos_token_id": 1, "pad_token_id": 11}  # fmt: skip
     (start / "generation_config.json").write_text(json.dumps(came))
     out = exported(start)
     went = read_json(out, "generation_config.json")
