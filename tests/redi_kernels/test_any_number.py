@@ -25,7 +25,11 @@ W_VH = torch.randn(V, H, generator=torch.Generator().manual_seed(0), requires_gr
 BIAS = torch.randn(V, generator=torch.Generator().manual_seed(1), requires_grad=True)
 LOSSES = {
     "sft": (lambda x, w, y, cu, chosen: sft_loss(x, w, y).loss, 1),
-    "sft, bias, num_valid": (lambda x, w, y, cu, chosen: sft_loss(x, w, y, bias=BIAS).loss, 1),
+    "sft, bias, num_valid": (
+        lambda x, w, y, cu, chosen: sft_loss(
+            x, w, y, bias=BIAS, num_valid=y.shape[0] - (y.shape[0] + 2) // 3  # every third is none
+        ).loss, 1
+    ),
     "redi": (lambda x, w, y, cu, chosen: redi_loss(x, w, y, cu, chosen).loss, 1),
     "redi, floor": (
         lambda x, w, y, cu, chosen: redi_loss(x, w, y, cu, chosen, rejected_floor=-4.0).loss, 1
