@@ -19,7 +19,7 @@ from redi.config import TrainConfig
 from redi.distributed import full_tensors
 from redi.files import publish, usual_mode
 from redi.model import is_dropout
-from redi.older_readers import tell_rope, tell_tokenizer, write_json
+from redi.older_readers import tell_names, tell_rope, tell_tokenizer, write_json
 from redi.start import (
     GENERATION,
     INDEX,
@@ -89,6 +89,8 @@ def export(
         _finish_config(aside / "config.json", lm, config)
         with quietly():
             tell_rope(aside, type(lm.config))
+            # An old word for the rate that a recipe changes would say the old rate.
+            tell_names(aside, type(lm.config), source if config.rope_theta is None else None)
         tell_tokenizer(aside, tokenizer_source, tokenizer)
         _copy_companions(aside, source, tokenizer_source)
         (aside / "README.md").write_text(card)

@@ -194,6 +194,41 @@ def test_positions_are_said_in_the_old_words_too(tmp_path, family, came):
     assert both[0] == both[1]
 
 
+@pytest.mark.parametrize(
+    ("family", "old", "new"),
+    [
+        ("qwen3_moe", {"num_experts": 4}, {}),
+        ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 20000},
+         {"partial_rotary_factor": 0.5, "rope_theta": 20000}),
+    ],
+)  # fmt: skip
+def test_what_has_another_name_now_is_said_in_the_old_one_too(tmp_path, family, old, new):
+    """4.57 does not look for the new one, and takes its own default."""
+    start = make_start(tmp_path / "start", family, **old)
+    written = read_json(start)
+    for name in ("rope_parameters", "num_local_experts"):
+        written.pop(name, None)
+    (start / "config.json").write_text(json.dumps(written | old | {"torch_dtype": "float16"}))
+    read = lambda folder: AutoConfig.from_pretrained(folder).to_dict()
+    came, out = read(start), exported(start, dtype="bfloat16")
+    went = read_json(out)
+    assert {k: went[k] for k in old} == old and "torch_dtype" not in went
+    assert {k: read(out)["rope_parameters"][k] for k in new} == new
+    differing = {key for key, value in read(out).items() if came.get(key) != value}
+    also = {"rope_theta", "rope_scaling", "partial_rotary_factor"}  # said beside, and not read
+    assert differing <= {"dtype", "_name_or_path", "transformers_version"} | also
+
+
+def test_an_old_word_for_what_a_recipe_changes_is_not_kept(tmp_path):
+    start = make_start(tmp_path / "start", "gpt_neox")
+    written = read_json(start)
+    del written["rope_parameters"]
+    (start / "config.json").write_text(json.dumps(written | {"rotary_emb_base": 20000}))
+    went = read_json(exported(start, rope_theta=3e5))
+    assert went["rope_theta"] == went["rope_parameters"]["rope_theta"] == 3e5
+    assert went.get("rotary_emb_base", 3e5) == 3e5
+
+
 def test_the_tokenizer_keeps_its_class_and_special_tokens(tmp_path):
     """A class of transformers 5 and its list of extra tokens are nothing to 4.57."""
     start = make_start(tmp_path / "start")
