@@ -219,6 +219,14 @@ def test_what_has_another_name_now_is_said_in_the_old_one_too(tmp_path, family, 
     assert differing <= {"dtype", "_name_or_path", "transformers_version"} | also
 
 
+def test_an_old_name_is_said_though_the_start_has_the_new_one_alone(tmp_path):
+    start = make_start(tmp_path / "start", "qwen3_moe")
+    written = read_json(start)
+    written["num_local_experts"] = written.pop("num_experts", 4)
+    (start / "config.json").write_text(json.dumps(written))
+    assert read_json(exported(start))["num_experts"] == 4
+
+
 def test_an_old_word_for_what_a_recipe_changes_is_not_kept(tmp_path):
     start = make_start(tmp_path / "start", "gpt_neox")
     written = read_json(start)

@@ -74,6 +74,29 @@ def test_blocks_are_the_language_models():
         anatomy.body_of(torch.nn.Linear(2, 2))
 
 
+class Stub(torch.nn.Module):
+    """A head of another name, and an encoder beside the decoder that is larger than it."""
+
+    def __init__(self):
+        super().__init__()
+        linear, several = torch.nn.Linear, torch.nn.ModuleList
+        self.model = torch.nn.ModuleDict({"vision": several([linear(9, 9)]), "text": linear(2, 2)})
+        self.model["text"].layers = several([linear(2, 2)])
+        self.embed_out = linear(2, 5)
+
+    def get_decoder(self):
+        return self.model["text"]
+
+    def get_output_embeddings(self):
+        return self.embed_out
+
+
+def test_parts_of_any_name():
+    lm = Stub()
+    assert anatomy.output_layer(lm) is lm.embed_out
+    assert anatomy.blocks_of(lm) is lm.model["text"].layers
+
+
 def test_a_mixture_of_experts_is_planned_in_float32(tmp_path):
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
     settings = train_settings(tmp_path, architecture=architecture("mixtral", **experts))

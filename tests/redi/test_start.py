@@ -175,10 +175,12 @@ def test_an_architecture_that_cannot_be_is_one_line(tmp_path, changes):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["[1]", "{"])
-def test_a_tokenizer_that_cannot_be_read_is_one_line(start, content):
+@pytest.mark.parametrize(
+    ("content", "why"), [("[1]", "tokenizer_config.json holds no JSON object"), ("{", "Expecting")]
+)
+def test_a_tokenizer_that_cannot_be_read_is_one_line(start, content, why):
     (start / "tokenizer_config.json").write_text(content)
-    with pytest.raises(RediError, match="no tokenizer could be loaded"):
+    with pytest.raises(RediError, match=rf"no tokenizer could be loaded \({why}"):
         train(settings_for(start))
 
 

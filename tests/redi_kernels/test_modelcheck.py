@@ -7,6 +7,7 @@ from redi_kernels import modelcheck
 from redi_kernels.hf import patch
 from torch import nn
 from transformers import Qwen2ForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 
 H = 16
 EMBEDDING = torch.randn(400, H, generator=torch.Generator().manual_seed(0))
@@ -138,6 +139,22 @@ def test_a_parameter_that_would_get_no_gradient_is_found():
             patch(lm)
         assert all(torch.equal(before[name], p) for name, p in lm.named_parameters()), name
     patch(Learned(config))  # its own are of no use: nothing is lost
+
+
+class Uncalled(Qwen2ForCausalLM):
+    """Its logits, but not its loss, are scaled; and it reads lm_head's weight without a call."""
+
+    def forward(self, input_ids, labels=None, **_):
+        x_BTH = self.model(input_ids, use_cache=False).last_hidden_state
+        logits, loss = nn.functional.linear(x_BTH, self.lm_head.weight), None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size)
+        return CausalLMOutput(loss=loss, logits=logits * 1.01)
+
+
+def test_logits_are_compared_where_the_head_is_not_called():
+    with pytest.raises(ValueError, match="log-probs are off"):
+        patch(Uncalled(tiny.make_lm().config))
 
 
 def test_weights_that_are_no_numbers_are_named():
