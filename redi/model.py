@@ -201,6 +201,7 @@ def load_model_config(config: TrainConfig, *, for_weights: bool = False) -> Any:
     name = config.model_name_or_path
     is_real = name is not None and (for_weights or Path(name).is_dir())
     is_from_recipe = name is None or not (is_real or config.architecture is None)
+    where = "architecture" if is_from_recipe else str(name)
     settings = dict(config.architecture or {})
     if is_from_recipe and "model_type" not in settings:
         raise RediError("architecture: needs model_type, as in a config.json")
@@ -209,12 +210,11 @@ def load_model_config(config: TrainConfig, *, for_weights: bool = False) -> Any:
             model_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         else:
             model_config = AutoConfig.from_pretrained(
-                name,
+                where,
                 revision=config.model_revision,
                 trust_remote_code=config.trust_remote_code,
             )
     except (OSError, ValueError, StrictDataclassError) as error:
-        where = "architecture" if is_from_recipe else name
         raise RediError(f"{where}: no model could be loaded ({first_line(error)})") from None
     text_config = model_config.get_text_config(decoder=True)  # itself, but for composite ones
     if config.max_position_embeddings is not None:
