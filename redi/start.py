@@ -17,9 +17,13 @@ from redi.config import TrainConfig
 from redi.errors import RediError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 SOURCES = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name", "eval_dataset_name",
            "chat_template")  # fmt: skip
 OWN = ("train_result.json", "latest", "metrics.jsonl")  # what every run of redi leaves
+# Of what an export writes, what its model folder surely has; and what others have there too.
+EXPORTED = ("config.json", WEIGHTS, INDEX, GENERATION, "tokenizer.json", "tokenizer_config.json",
+            "README.md")  # fmt: skip
 ADAPTER = "adapter_config.json"
 SHOWN = 4  # names in a message
 # safetensors' names of the dtypes that weights are computed in; fp8 and packed ones are not.
@@ -70,11 +74,29 @@ def check_folder(folder: Path) -> None:
             "is never opened here; where you trust it, load it with transformers once and save it "
             "with save_pretrained, which writes safetensors"
         )
+    generation_settings(folder)
+
+
+def generation_settings(folder: Path) -> dict[str, Any]:
+    """What generation_config.json in `folder` says; {} without one. transformers drops a broken one
+    without a word. Raises RediError for that, and for stop ids that are no token ids."""
+    file = folder / GENERATION
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except (ValueError, OSError) as error:
+        raise RediError(f"{file}: cannot be read as JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise RediError(f"{file}: holds no JSON object; correct it, or remove it")
+    stops = settings.get("eos_token_id")
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    if any(type(stop) is not int for stop in stops):
+        raise RediError(f"{file}: eos_token_id is no token id or list of them; correct it")
+    return settings
 
 
 def check_output_dir(config: TrainConfig) -> None:
     """Raises RediError where the export would be written over, into or around what the run reads,
-    links followed, or over a model that no run of redi left there."""
+    links followed, or over files that no run of redi left there."""
     out = Path(config.output_dir).resolve()
     for field in SOURCES:
         value = getattr(config, field)
@@ -87,11 +109,11 @@ def check_output_dir(config: TrainConfig) -> None:
                 f"output_dir: {config.output_dir} is, holds or lies in {value} ({field}), which a "
                 "run must leave as it is; choose another output_dir"
             )
-    foreign = [name for name in ("config.json", WEIGHTS, INDEX) if (out / name).exists()]
+    foreign = [name for name in EXPORTED if (out / name).exists()]
     if foreign and not any((out / name).exists() for name in OWN):
         raise RediError(
-            f"output_dir: {config.output_dir} holds a model already ({foreign[0]}) that no run of "
-            "redi left there; choose another output_dir"
+            f"output_dir: {config.output_dir} holds {foreign[0]} already, which no run of redi "
+            "left there and this one would write over; choose another output_dir"
         )
 
 
@@ -130,7 +152,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """And the next one, where the first but announces it: a field and what is wrong with it."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def _misfits(info: dict[str, Any]) -> list[str]:
