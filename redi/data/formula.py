@@ -1,0 +1,286 @@
+r"""Formulas, read whole by math-verify's grammar (latex2sympy2_extended) and compared by their values.
+
+Two expressions are equal if they have the same value at a dozen points wherever both are real:
+\ln x^2 is 2 \ln x, \sqrt{x^2} is not x. Two equations are equal if one is a multiple of the other,
+or if they have the same solutions, and have some.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+Verdict = bool | None  # None: that cannot be told
+
+# What the grammar passes over or multiplies letter by letter, so that it would be read in part.
+_UNREADABLE = re.compile(
+    r"'|\\prime|dots|\\(?:text|mathrm|mbox|operatorname)\s*\{[^{}]*[a-zA-Z]\s+[a-zA-Z]"
+    r"|\\(?:text|mathrm|mbox)\s*\{\s*[a-zA-Z]{2,}|\d_|\\not|\\pm|\\mp|\\dot(?![a-z])|\^\s*\{?\s*\\?[T*]"
+    r"|(?<![\\a-zA-Z{])[a-z]{2,}\s+[a-z]{2,}"
+)
+_MIN_POINTS = 3  # at which both sides must have a value before they are called equal
+
+
+@lru_cache(maxsize=64)
+def read(text: str) -> Any:
+    """`text` as a sympy object with real symbols, or None if the grammar does not read all of it."""
+    from latex2sympy2_extended.latex2sympy2 import (
+        ConversionConfig,
+        NormalizationConfig,
+        latex2sympy,
+        normalize_latex,
+    )
+    from sympy import E, I, Symbol
+    from sympy.core.function import AppliedUndef
+
+    if not text or _UNREADABLE.search(text):
+        return None
+    rules = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
+    # The grammar takes a capital I for the imaginary unit: here it is a name, as in I = 5.
+    text = re.sub(r"(?<![\\a-zA-Z{])I(?![a-zA-Z])", r"\\text{I}", normalize_latex(text, rules))
+    case = ConversionConfig(lowercase_symbols=False)
+    try:
+        found = latex2sympy(
+            text,
+            is_real=True,
+            convert_degrees=False,
+            normalization_config=None,
+            conversion_config=case,
+        )
+        constants: dict[Any, Any] = {Symbol("i", real=True): I, Symbol("e", real=True): E}
+        constants |= {call: Symbol(str(call), real=True) for call in found.atoms(AppliedUndef)}
+        return found.xreplace(constants)
+    except Exception:  # it fails in many ways on what it does not read
+        return None
+
+
+def same_formula(given: str, expected: str) -> Verdict:
+    from sympy import Expr, MatrixBase, MatrixExpr, Set, Tuple
+
+    a, b = read(given), read(expected)
+    if a is None or b is None:
+        return None
+    kinds = [
+        next(
+            (
+                k
+                for k, kind in enumerate([(MatrixBase, MatrixExpr), Expr, (Set, Tuple)])
+                if isinstance(x, kind)
+            ),
+            None,
+        )
+        for x in (a, b)
+    ]
+    if kinds == [1, 1]:
+        return _same_expression(a, b)
+    if kinds == [0, 0]:
+        return _same_matrix(a, b)
+    if None in kinds:
+        return True if _by_math_verify(a, b) else None
+    if kinds == [2, 2]:
+        return _by_math_verify(a.doit(), b.doit())
+    return False
+
+
+def same_equation(given: tuple[str, str], expected: tuple[str, str]) -> Verdict:
+    """Each as its two sides."""
+    from sympy import Expr, fraction, together
+
+    sides = [read(side) for side in (*given, *expected)]
+    if not all(isinstance(side, Expr) for side in sides):
+        return None
+    a, b = (fraction(together(x - y))[0] for x, y in (sides[:2], sides[2:]))
+    if not (a.free_symbols and b.free_symbols):
+        return None
+    is_multiple = _ratio(a, b, lambda value: True)
+    return True if is_multiple else _same_solutions(a, b)
+
+
+def same_inequality(given: str, expected: str) -> Verdict:
+    """Of relations other than equations, and of those with sets."""
+    from sympy import And, Or, Set, Tuple
+    from sympy.core.relational import Relational
+
+    a, b = read(given), read(expected)
+    if a is None or b is None:
+        return None
+    relations = [isinstance(x, Relational) for x in (a, b)]
+    if all(relations) and a.free_symbols and b.free_symbols:
+        (low_a, high_a, strict_a), (low_b, high_b, strict_b) = map(_rising, (a, b))
+        if _ratio(high_a - low_a, high_b - low_b, lambda value: value > 0):
+            return strict_a == strict_b
+    sets = [_solutions(x) for x in (a, b)]
+    if any(s is None for s in sets):
+        return None
+    names = [x.free_symbols for x in (a, b) if not isinstance(x, (Set, Tuple))]
+    if len(set.union(*names)) > 1:
+        return False if all(relations) else None
+    if sets[0].is_empty or sets[1].is_empty:
+        return None
+    _ = And, Or
+    return _by_math_verify(*sets)
+
+
+def _rising(relation: Any) -> tuple[Any, Any, bool | None]:
+    """(low, high, whether it is strict)."""
+    low, high = relation.args
+    if relation.rel_op in (">", ">="):
+        low, high = high, low
+    return low, high, {"<": True, ">": True, "<=": False, ">=": False}.get(relation.rel_op)
+
+
+def _solutions(x: Any) -> Any:
+    from sympy import Interval, S, Set, Tuple, oo
+
+    if isinstance(x, Set):
+        return x
+    if isinstance(x, Tuple):
+        return x
+    try:
+        found = x.as_set() if len(x.free_symbols) == 1 else None
+        return Interval(-oo, oo) if found is S.Reals else found
+    except Exception:
+        return _chain_solutions(x)
+
+
+def _chain_solutions(x: Any) -> Any:
+    from sympy import Intersection
+
+    try:
+        return Intersection(*(part.as_set() for part in x.args))
+    except Exception:
+        return None
+
+
+def _by_math_verify(a: Any, b: Any) -> bool:
+    from math_verify import verify
+
+    return verify(b, a, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
+
+
+def _same_matrix(a: Any, b: Any) -> Verdict:
+    a, b = a.doit(), b.doit()
+    if not (hasattr(a, "flat") and hasattr(b, "flat")):
+        return None
+    if a.shape != b.shape:
+        return False
+    verdicts = [_same_expression(x, y) for x, y in zip(a.flat(), b.flat(), strict=True)]
+    return False if False in verdicts else None if None in verdicts else True
+
+
+def _same_expression(a: Any, b: Any) -> Verdict:
+    from sympy import Derivative, Expr, Float, I, Symbol
+
+    calls = {d: Symbol(str(d), real=True) for x in (a, b) for d in x.atoms(Derivative)}
+    a, b = (x.xreplace(calls).doit() for x in (a, b))
+    if not (isinstance(a, Expr) and isinstance(b, Expr)):
+        return None
+    tolerance = 5e-6 if a.has(Float) or b.has(Float) else None
+    if not (a.free_symbols or b.free_symbols):
+        return _same_number(a, b, tolerance)
+    is_complex = a.has(I) or b.has(I)
+    compared = 0
+    for point in _points(a.free_symbols | b.free_symbols):
+        x, y = _value(a, point), _value(b, point)
+        if x is None or y is None or not (is_complex or (x.is_real and y.is_real)):
+            continue
+        if abs(x - y) > (tolerance or 1e-18) * max(abs(x), abs(y), 1e-12):
+            return False
+        compared += 1
+    return True if compared >= _MIN_POINTS else None
+
+
+def _same_number(a: Any, b: Any, tolerance: float | None) -> Verdict:
+    """To six significant digits and six places where a decimal is among them, else to thirty."""
+    if a.is_Rational and b.is_Rational:
+        return a == b
+    if a.is_infinite or b.is_infinite:
+        return a == b
+    x, y = a.evalf(40), b.evalf(40)
+    if not (x.is_number and y.is_number) or x.has("nan") or y.has("nan"):
+        return None
+    size = max(abs(x), abs(y))
+    difference = abs((a - b).evalf(40))
+    if not difference.is_number or not difference.is_comparable:
+        return None
+    if difference <= 1e-12 * size and tolerance:
+        return True
+    if tolerance:
+        return bool(difference <= tolerance * size and abs(x.round(6) - y.round(6)) < 1e-9)
+    return bool(difference <= 1e-30 * size)
+
+
+def _points(symbols: set) -> Iterator[dict]:
+    """Where to compare: among positive numbers, all numbers and whole numbers, always the same."""
+    from sympy import Integer, Rational
+
+    names = sorted(symbols, key=str)
+    for turn in range(12):
+        point = {}
+        for k, name in enumerate(names):
+            size = Rational(7 + 13 * turn + 29 * k, 11 + (17 * k + 5 * turn) % 19)
+            sign = -1 if 4 <= turn < 8 and (turn + k) % 2 == 0 else 1
+            point[name] = Integer(2 + (turn + 3 * k) % 7) if turn >= 8 else sign * size
+        yield point
+
+
+def _value(x: Any, point: dict) -> Any:
+    try:
+        value = x.subs(point).doit().evalf(30)
+        return value if value.is_number and value.is_finite else None
+    except Exception:
+        return None
+
+
+def _ratio(a: Any, b: Any, is_allowed: Callable[[Any], bool]) -> bool:
+    """Whether a = c b for a number c that is allowed."""
+    ratios = []
+    for point in _points(a.free_symbols | b.free_symbols):
+        x, y = _value(a, point), _value(b, point)
+        if x is None or y is None or not (abs(x) > 1e-20 and abs(y) > 1e-20):
+            if (x is None) == (y is None):
+                continue
+            return False
+        ratios.append(x / y)
+        if abs(ratios[-1] - ratios[0]) > 1e-15 * abs(ratios[0]):
+            return False
+    return len(ratios) >= _MIN_POINTS and is_allowed(ratios[0])
+
+
+def _same_solutions(a: Any, b: Any) -> Verdict:
+    """Of a = 0 and b = 0, real or complex; None if they have none or cannot be solved."""
+    from sympy import Poly, Symbol, factor_list, solve
+
+    if a.free_symbols != b.free_symbols:
+        return False
+    a, b = (x.xreplace({s: Symbol(s.name) for s in x.free_symbols}) for x in (a, b))
+    names = sorted(a.free_symbols, key=str)
+    try:
+        if all(x.is_polynomial(*names) for x in (a, b)):
+            parts = [
+                Poly(1, *names).mul(_product(factor_list(x, *names)[1], names)).as_expr()
+                for x in (a, b)
+            ]
+            return _ratio(*parts, lambda value: True)
+        if len(names) > 1:
+            return None
+        found = [[s.evalf(20) for s in islice(solve(x, names[0]), 50)] for x in (a, b)]
+    except Exception:
+        return None
+    if not all(found):
+        return None
+    near = [
+        [any(abs(x - y) <= 1e-12 * max(1, abs(x)) for y in other) for x in one]
+        for one, other in (found, found[::-1])
+    ]
+    return all(map(all, near))
+
+
+def _product(factors: list, names: list) -> Any:
+    from sympy import Poly
+
+    product = Poly(1, *names)
+    for factor, _ in factors:
+        product = product.mul(Poly(factor, *names))
+    return product

@@ -1,0 +1,173 @@
+r"""Quantities: a value and a unit, such as `5 \text{ km/h}`, `12 cm^2`, `\$3`, `9 \text{ apples}`."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+
+_WRAP = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*"
+_GAP = r"(?:\\?[ ,;:!~]|\\q?quad(?![a-z]))*"
+_POWER = r"(?:\s*\^\s*(?:-?\d|\{\s*-?\d\s*\}))?"
+_PART = rf"(?:{_WRAP}\{{[^{{}}]*\}}{_POWER}|(?:\\cdot|/|\\times)(?!\s*\d)|[a-zA-Z]+\.?{_POWER})"
+_TAIL = re.compile(rf"(?:{_GAP}{_PART})+{_GAP}")
+_WORDS = re.compile(r"[a-zA-Zμ]+|/|\^-?\d|-?\d")
+# A line: names, what one is in the units before it.
+_TABLE = """
+m meter metre
+cm centimeter centimetre: 1/100 m
+mm millimeter millimetre: 1/1000 m
+km kilometer kilometre: 1000 m
+in inch inche: 127/5000 m
+ft foot feet: 381/1250 m
+yd yard: 1143/1250 m
+mi mile: 201168/125 m
+s sec second
+ms millisecond: 1/1000 s
+min minute: 60 s
+h hr hour: 3600 s
+day: 86400 s
+week: 604800 s
+year yr
+month
+kg kilogram
+g gram: 1/1000 kg
+mg milligram: 1/1000000 kg
+lb pound: 45359237/100000000 kg
+dollar USD
+cent: 1/100 dollar
+L l liter litre: 1/1000 m ^3
+mL ml milliliter: 1/1000000 m ^3
+N newton: kg m / s ^2
+J joule: N m
+kJ: 1000 J
+W watt: J / s
+Pa pascal: N / m ^2
+K kelvin
+A ampere amp
+V volt: W / A
+C coulomb: A s
+Hz hertz: / s
+mol mole
+rad radian
+degree deg
+mph: mi / h
+kmph kph: km / h
+"""
+_FILLERS = {"a", "an", "the", "of", "in", "total"}
+_SQUARE = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
+
+
+@dataclass(frozen=True)
+class Unit:
+    powers: frozenset  # (base, power)
+    size: Fraction
+    is_known: bool
+
+    @property
+    def bases(self) -> set[str]:
+        return {base for base, _ in self.powers}
+
+    @property
+    def is_vague(self) -> bool:
+        """Units of no kind: "square units"."""
+        return self.bases == {"unit"}
+
+
+_KNOWN: dict[str, Unit] = {}
+
+
+def _parse(text: str) -> Unit:
+    powers: Counter[str] = Counter()
+    size, is_known, sign, pending, last = Fraction(1), True, 1, 1, None
+    for word in _WORDS.findall(text):
+        if word in ("/", "per"):
+            sign, last = -1, None
+        elif word[0] in "^-" or word.isdigit():
+            extra = int(word.lstrip("^")) - 1
+            if last is not None:
+                _add(powers, last, sign * extra)
+                size *= last.size ** (sign * extra)
+        elif word.lower() in _SQUARE:
+            if last is not None and word.endswith("ed"):
+                _add(powers, last, sign * (_SQUARE[word] - 1))
+                size *= last.size ** (sign * (_SQUARE[word] - 1))
+            else:
+                pending = _SQUARE[word.lower()]
+        elif word.lower() not in _FILLERS:
+            last = _look_up(word)
+            is_known &= last.is_known
+            _add(powers, last, sign * pending)
+            size *= last.size ** (sign * pending)
+            pending = 1
+    return Unit(frozenset((b, p) for b, p in powers.items() if p), size, is_known)
+
+
+def _add(powers: Counter, unit: Unit, times: int) -> None:
+    for base, power in unit.powers:
+        powers[base] += power * times
+
+
+def _look_up(word: str) -> Unit:
+    for name in (word, word.lower(), word.lower().removesuffix("s")):
+        if name in _KNOWN:
+            return _KNOWN[name]
+    base = word.lower()
+    base = base.removesuffix("s") if len(base) > 2 else base
+    return Unit(frozenset({(base, 1)}), Fraction(1), False)
+
+
+def _learn() -> None:
+    for line in filter(None, _TABLE.splitlines()):
+        names, _, meaning = line.partition(":")
+        first, *others = names.split()
+        number = re.match(r" (\d+(?:/\d+)?) ", meaning)
+        if meaning:
+            unit = _parse(meaning[number.end() :] if number else meaning)
+            size = unit.size * (Fraction(number[1]) if number else 1)
+            unit = Unit(unit.powers, size, True)
+        else:
+            unit = Unit(frozenset({(first, 1)}), Fraction(1), True)
+        _KNOWN.update(dict.fromkeys((first, *others), unit))
+
+
+_learn()
+
+
+def take_unit(text: str) -> tuple[str, Unit] | None:
+    """The value and the unit of `text`, or None if it has no unit (or only a unit)."""
+    if text.startswith("\\$"):
+        return text[2:].strip(), _KNOWN["dollar"]
+    degrees = re.fullmatch(
+        r"(?s)(.*\S)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*(?:\\(?:text|mathrm)\s*\{)?\s*([CF]?)\}?", text
+    )
+    if degrees:
+        return degrees[1], _parse("degree" + degrees[2])
+    for start in re.finditer(r"(?<=[\d}).π])\s*|(?<=[a-z%|])(?=\\)|(?<=[a-z%])\s+", text):
+        tail = text[start.end() :]
+        if not tail or tail[0] in "/^.*" or not _TAIL.fullmatch(tail):
+            continue
+        words = re.sub(rf"{_WRAP}\{{|[{{}}~]|\\(?:cdot|times|q?quad|[ ,;:!])", " ", tail)
+        value = text[: start.start()].strip()
+        if value and _is_unit(words, tail, text[start.start() : start.end()], value):
+            return value, _parse(words)
+    return None
+
+
+def _is_unit(words: str, tail: str, gap: str, value: str) -> bool:
+    """Bare letters are a unit if they are a known one of two letters or more, or words."""
+    names = re.findall(r"[a-zA-Z]+", words)
+    if not names or (len(names) == 1 and names[0] in ("i", "e", "j", "pi")):
+        return False
+    if re.match(rf"{_GAP}{_WRAP}", tail):
+        return not re.fullmatch(r"(?s).*[+\-*=<>/(]\s*", value)
+    if re.search(r"[a-zA-Z]\s*$", value) or not re.search(r"\d\}*\s*$|\)\s*$|%\s*$", value):
+        return False
+    if all(_look_up(n).is_known and len(n) > 1 for n in names if n not in ("per", *_SQUARE)):
+        return True
+    return bool(gap) and any(len(n) > 3 and re.search("[aeiouy]", n) for n in names)
+
+
+def scaled(value: str, unit: Unit, other: Unit) -> str:
+    """`value` of `unit` as a number of `other`, which measures the same."""
+    ratio = unit.size / other.size
+    return value if ratio == 1 else rf"({value}) \cdot \frac{{{ratio.numerator}}}{{{ratio.denominator}}}"
