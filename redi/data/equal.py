@@ -30,8 +30,12 @@ _THOUSANDS = re.compile(r"(?<![\d,.])(\d{1,3})((?:,\d{3})+)(?!,?\d)")
 _MODULUS = re.compile(
     r"(.*?)\s*\\?[\s,(]*(?:\\[pb]?mod|\\text\s*\{\s*\(?mod\s*\}|\(mod)\s*\{?\s*(\w+)\s*[})\s]*", re.S
 )
+_BUILDER = re.compile(r"\\\{(.*?)(?:\\mid|:|\|)(.*)\\\}", re.S)
+_PHRASE = re.compile(r"^(?:\\text\s*\{)?\s*(?:the )?(?:final )?answer is:?\s*\}?", re.I)
 _TEXT = re.compile(r"\\(?:text|textrm|mathrm|mbox|operatorname|textnormal|textbf|textit)\s*\{([^{}]*)\}")
-_WORD = re.compile(r"(?<![\\a-zA-Z])[^\W\d_]{3,}(?![a-zA-Z(])|(?<![\\a-zA-Z])(?:no|No|NO)(?![a-zA-Z(])")
+_WORD = re.compile(
+    r"(?<![\\a-zA-Z])[^\W\d_]{3,}(?![a-zA-Z(])|(?<![\\a-zA-Z])(?:no|No|NO|[ap]m|[AP]M)(?![a-zA-Z(])"
+)
 _SPACE = re.compile(r"\\[ ,;:!]|[\s$~]")
 
 
@@ -52,6 +56,7 @@ def trim(text: str) -> str:
     before = None
     while text != before:
         before, text = text, text.strip().rstrip(",;:`*\"✓✔").lstrip(":`*\"")
+        text = _PHRASE.sub("", text)
         text = re.sub(r"^(?:\\[ ,;:!]|\\displaystyle(?![a-zA-Z])|['=]|\\approx(?![a-zA-Z]))+", "", text)
         text = re.sub(r"(?:\\[ ,;:!]|\\q?quad|~|\\)+$", "", text.strip())
         text = re.sub(r"(?<!\.)\.$", "", text).strip().strip("$").strip()
@@ -168,6 +173,9 @@ def _same_one_and_list(one: str, items: list[str]) -> Verdict:
         if len(inner[1]) != len(items):
             return False
         return _all(map(_same_item, items, inner[1])) if inner[0] in ("()", "[]") else False
+    signs = [_cut(item, _SIGN)[1] for item in items]
+    if all(s and "=" not in s for s in signs):  # x < -1 or x > 1
+        return same_inequality(items, [one])
     if any(_is_wordy(x) or "dots" in x for x in (one, *items)) or re.search(r"\\mid|\\cup|\\in\b", one):
         return None
     if any(sign != "=" for x in (one, *items) for sign in _cut(x, _SIGN)[1]):
@@ -241,12 +249,18 @@ def _same_item(a: str, b: str) -> Verdict:
     in_words = _same_words(a, b)
     if in_words != "no words":
         return in_words
+    builders = [_BUILDER.fullmatch(text) for text in (a, b)]
+    if all(builders):
+        return same(builders[0][2], builders[1][2]) if same(builders[0][1], builders[1][1]) else None
     moduli = [_MODULUS.fullmatch(text) for text in (a, b)]
     if any(moduli):
         return _same_congruence(*moduli)
     signs = [_cut(text, _SIGN) for text in (a, b)]
     if signs[0][1] or signs[1][1]:
         return _same_relation(a, b, *signs)
+    factors = [_cut(text, re.compile(r"\\times(?![a-zA-Z])"))[0] for text in (a, b)]
+    if len(factors[0]) == len(factors[1]) > 1 and any(map(take_unit, factors[0] + factors[1])):
+        return _match(*factors, _same_item)  # 20 ft x 35 ft
     brackets = [_elements(text) for text in (a, b)]
     if all(brackets):
         return _same_brackets(a, b, *brackets)
@@ -271,7 +285,7 @@ def _is_wordy(text: str) -> bool:
 def _words(text: str) -> list[str]:
     """Words, which are not the names of functions; inside \\text{} a letter is a word too."""
     found = [w for m in _TEXT.finditer(text) for w in re.findall(r"[^\W\d_]+", m[1])]
-    bare = _TEXT.sub(" ", text)
+    bare = re.sub(r"\\(?:begin|end)\{\w+\*?\}", " ", _TEXT.sub(" ", text))
     found += [m[0] for m in _WORD.finditer(bare) if re.search("[aeiouy]|[^\x00-\x7f]", m[0].lower())]
     return found
 
@@ -286,6 +300,8 @@ def _same_words(a: str, b: str) -> Verdict | str:
         return "no words"
     if all(len(_words(x)) == 1 == len(_TEXT.sub(r"\1", x).strip()) for x in (a, b)):
         return "no words"
+    if "\\begin" in a + b:
+        return None
     parts = [_parts(text) for text in (a, b)]
     if [p for p, is_word in parts[0] if is_word] == [p for p, is_word in parts[1] if is_word]:
         shape = [[is_word for _, is_word in side] for side in parts]
@@ -307,11 +323,11 @@ def _same_words(a: str, b: str) -> Verdict | str:
 
 def _parts(text: str) -> list[tuple[str, bool]]:
     """Words and formulas in turn."""
-    marked = _TEXT.sub(lambda m: re.sub(r"[^\W\d_]+", lambda w: f"\1{w[0]}\2", m[1]), text)
-    marked = re.sub(rf"(?<!\1)(?:{_WORD.pattern})", lambda w: f"\1{w[0]}\2", marked)
+    marked = _TEXT.sub(lambda m: re.sub(r"[^\W\d_]+", lambda w: f"\x01{w[0]}\x02", m[1]), text)
+    marked = re.sub(rf"(?<!\x01)(?:{_WORD.pattern})", lambda w: f"\x01{w[0]}\x02", marked)
     parts = []
-    for piece in re.split("(\1[^\2]*\2)", marked):
-        if piece.startswith("\1"):
+    for piece in re.split("(\x01[^\x02]*\x02)", marked):
+        if piece.startswith("\x01"):
             parts.append((piece[1:-1].lower(), True))
         elif trim(piece).strip(" -.,:;()"):
             parts.append((piece, False))
@@ -359,6 +375,8 @@ def _same_relation(a: str, b: str, in_a: tuple, in_b: tuple) -> Verdict:
             each = [same(x, y) for x, y in zip(sides, sides_b, strict=True)]
             if all(each):
                 return True
+            if len(each) == 3 and each[1] and None not in each:
+                return False
             is_other_side = signs == ["="] and each[1] and not each[0]
             if each.count(False) == 1 and None not in each and not is_other_side:
                 return False  # the same thing is not below 3 and below 4, nor is it 5 and 6
@@ -369,7 +387,7 @@ def _same_relation(a: str, b: str, in_a: tuple, in_b: tuple) -> Verdict:
             return False  # the same sides, and another sign
     if signs_a == signs_b == ["="]:
         return same_equation(tuple(sides_a), tuple(sides_b))
-    return same_inequality(a, b)
+    return same_inequality([a], [b])
 
 
 def _settle(cut: tuple[list[str], list[str]]) -> tuple[list[str], list[str]]:
@@ -402,8 +420,8 @@ def _same_value(
     if signs == [r"\in"] and _is_name(sides[0]):
         return same(sides[1], value) if not is_expected else same(value, sides[1])
     if is_expected:
-        return same_inequality(value, relation)
-    return same_inequality(relation, value)
+        return same_inequality([value], [relation])
+    return same_inequality([relation], [value])
 
 
 def _same_quantity(a: str, b: str) -> Verdict | str:
@@ -420,6 +438,10 @@ def _same_quantity(a: str, b: str) -> Verdict | str:
     units = [take_unit(text) for text in (a, b)]
     if not any(units):
         return "no unit"
+    if not all(units):  # 2s is two seconds beside a unit of time, and else twice s
+        loose = [take_unit(text, may_be_letter=True) for text in (a, b)]
+        if all(loose) and loose[0][1].powers == loose[1][1].powers:
+            units = loose
     if not all(units):
         values = [unit[0] if unit else text for unit, text in zip(units, (a, b), strict=True)]
         return same(*values)
@@ -427,7 +449,7 @@ def _same_quantity(a: str, b: str) -> Verdict | str:
     if unit_a.powers == unit_b.powers:
         return same(scaled(value_a, unit_a, unit_b), value_b)
     verdict = same(value_a, value_b)
-    if unit_a.is_vague or unit_b.is_vague:
+    if unit_a.is_vague != unit_b.is_vague:
         return verdict
     if (unit_a.is_known and unit_b.is_known) or unit_a.bases == unit_b.bases:
         return False

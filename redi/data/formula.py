@@ -48,7 +48,8 @@ def read(text: str) -> Any:
             normalization_config=None,
             conversion_config=case,
         )
-        constants: dict[Any, Any] = {Symbol("i", real=True): I, Symbol("e", real=True): E}
+        units = {Symbol("i", real=True): I, Symbol("e", real=True): E}
+        constants = {s: units[s] for s in found.free_symbols & units.keys()}  # not a bound one
         constants |= {call: Symbol(str(call), real=True) for call in found.atoms(AppliedUndef)}
         return found.xreplace(constants)
     except Exception:  # it fails in many ways on what it does not read
@@ -56,7 +57,7 @@ def read(text: str) -> Any:
 
 
 def same_formula(given: str, expected: str) -> Verdict:
-    from sympy import Expr, MatrixBase, MatrixExpr, Set, Tuple
+    from sympy import Expr, FiniteSet, MatrixBase, MatrixExpr, Set, Tuple
 
     a, b = read(given), read(expected)
     if a is None or b is None:
@@ -80,6 +81,10 @@ def same_formula(given: str, expected: str) -> Verdict:
         return True if _by_math_verify(a, b) else None
     if kinds == [2, 2]:
         return _by_math_verify(a.doit(), b.doit())
+    if 2 in kinds:
+        a, b = (x.doit() for x in (a, b))
+        a, b = (x.args[0] if isinstance(x, FiniteSet) and len(x) == 1 else x for x in (a, b))
+        return _same_expression(a, b) if isinstance(a, Expr) and isinstance(b, Expr) else False
     return False
 
 
@@ -97,29 +102,36 @@ def same_equation(given: tuple[str, str], expected: tuple[str, str]) -> Verdict:
     return True if is_multiple else _same_solutions(a, b)
 
 
-def same_inequality(given: str, expected: str) -> Verdict:
-    """Of relations other than equations, and of those with sets."""
-    from sympy import And, Or, Set, Tuple
+def same_inequality(given: list[str], expected: list[str]) -> Verdict:
+    """Of relations other than equations and of sets; those of a list are joined by "or"."""
+    from sympy import Expr, Union
     from sympy.core.relational import Relational
 
-    a, b = read(given), read(expected)
-    if a is None or b is None:
+    sides = [[read(text) for text in side] for side in (given, expected)]
+    if any(x is None for side in sides for x in side):
         return None
-    relations = [isinstance(x, Relational) for x in (a, b)]
-    if all(relations) and a.free_symbols and b.free_symbols:
+    a, b = sides[0][0], sides[1][0]
+    are_relations = all(
+        len(side) == 1
+        and isinstance(side[0], Relational)
+        and side[0].free_symbols
+        and all(isinstance(part, Expr) for part in side[0].args)
+        for side in sides
+    )
+    if are_relations:
         (low_a, high_a, strict_a), (low_b, high_b, strict_b) = map(_rising, (a, b))
         if _ratio(high_a - low_a, high_b - low_b, lambda value: value > 0):
             return strict_a == strict_b
-    sets = [_solutions(x) for x in (a, b)]
-    if any(s is None for s in sets):
+    names = {s for side in sides for x in side if hasattr(x, "rel_op") for s in x.free_symbols}
+    if len(names) > 1:
+        return False if are_relations else None
+    sets = [[_solutions(x) for x in side] for side in sides]
+    if any(x is None for side in sets for x in side):
         return None
-    names = [x.free_symbols for x in (a, b) if not isinstance(x, (Set, Tuple))]
-    if len(set.union(*names)) > 1:
-        return False if all(relations) else None
-    if sets[0].is_empty or sets[1].is_empty:
+    one, other = (side[0] if len(side) == 1 else Union(*side) for side in sets)
+    if one.is_empty or other.is_empty:
         return None
-    _ = And, Or
-    return _by_math_verify(*sets)
+    return _by_math_verify(one, other)
 
 
 def _rising(relation: Any) -> tuple[Any, Any, bool | None]:
@@ -131,25 +143,18 @@ def _rising(relation: Any) -> tuple[Any, Any, bool | None]:
 
 
 def _solutions(x: Any) -> Any:
-    from sympy import Interval, S, Set, Tuple, oo
+    """The set of a relation's solutions, or the set itself; None if it cannot be found."""
+    from sympy import Intersection, Interval, S, Set, Tuple, oo
 
-    if isinstance(x, Set):
+    if isinstance(x, (Set, Tuple)):
         return x
-    if isinstance(x, Tuple):
-        return x
+    if len(x.args) == 2 and isinstance(x.args[1], Set):  # x in [0, 1]
+        return x.args[1]
     try:
-        found = x.as_set() if len(x.free_symbols) == 1 else None
-        return Interval(-oo, oo) if found is S.Reals else found
-    except Exception:
-        return _chain_solutions(x)
-
-
-def _chain_solutions(x: Any) -> Any:
-    from sympy import Intersection
-
-    try:
-        return Intersection(*(part.as_set() for part in x.args))
-    except Exception:
+        parts = [x] if hasattr(x, "rel_op") else x.args
+        found = Intersection(*(part.doit().as_set() for part in parts))
+        return Interval(-oo, oo) if found in (S.Reals, S.UniversalSet) else found
+    except Exception:  # more than one unknown, or sympy cannot solve it
         return None
 
 
@@ -197,13 +202,11 @@ def _same_number(a: Any, b: Any, tolerance: float | None) -> Verdict:
         return a == b
     if a.is_infinite or b.is_infinite:
         return a == b
-    x, y = a.evalf(40), b.evalf(40)
+    x, y = a.evalf(50), b.evalf(50)
     if not (x.is_number and y.is_number) or x.has("nan") or y.has("nan"):
         return None
     size = max(abs(x), abs(y))
-    difference = abs((a - b).evalf(40))
-    if not difference.is_number or not difference.is_comparable:
-        return None
+    difference = abs(x - y)
     if difference <= 1e-12 * size and tolerance:
         return True
     if tolerance:

@@ -20,7 +20,7 @@ _MEMORY_LIMIT = 4 << 30  # bytes a worker may map: 9^9^9^9 must not take the mac
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.S)  # \{ is no brace
 _HASHES = re.compile(r".*(?<!#)####(?!#)")
-_ANSWER = re.compile(r"[ *#]*(?:final )?answer[ *]*:", re.I)
+_ANSWER = re.compile(r"[\W_]*(?:final )?answer[ *]*:", re.I)
 _LONE_A = re.compile(r"[ *]*A[ *]*:(?![a-zA-Z]|.*:)")  # A:B=2:3 is a ratio, A: 1, B: 2 a list
 _TAG = re.compile(r"(?s).*<answer>(.*?)</answer>")
 _THOUGHTS = re.compile(r"\s*(?:<(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[THINK\]|\u25c1think\u25b7)")
@@ -36,6 +36,7 @@ _FORMULA = re.compile(r"(?s)\s*(?:\$\$?([^$]+)\$\$?|\\\(((?:(?!\\\)).)+)\\\))\s*
 _BREAK = re.compile(r"[.!?:](?:\s|$|\\|\$)|\n\s*\n|\*\*")  # between two boxes: a new sentence
 _TAKES_BACK = {"no", "not", "wait", "rather", "actually", "oops", "instead", "but", "so", "then", "thus"}
 _NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?:\.[0-9]*)?")
+_BOLD_NUMBER = re.compile(r"\*\*\W*([-+]?\d+(?:[.,]\d+)*)(?![\da-zA-Z])[^*]*\*\*")
 _NOISE = str.maketrans("", "", " \t\n$")
 _VERDICTS: dict[bool | None, Verdict] = {True: "correct", False: "wrong", None: "unparsable"}
 _DIGITS_APART = re.compile(r"(?<=\d),?\s+(?=\d)")  # 3 5/8 is not 35/8, nor 1, 100 1100
@@ -149,7 +150,11 @@ def _found_in(text: str) -> str | None:
         found = parse(rewrite(text), kinds, parsing_timeout=None, raise_on_error=True)
     except Exception:  # it fails in many ways on text that holds no answer
         return None
-    return next((x for x in found if isinstance(x, str)), None)
+    text_found = next((x for x in found if isinstance(x, str)), "")
+    if found and "\\" not in text_found and getattr(found[0], "is_Number", False):
+        return str(found[0])
+    bold = _BOLD_NUMBER.findall(text.strip().rpartition("\n")[2])
+    return text_found or (bold[-1] if bold else None)
 
 
 def serve(judge: Callable[[str, str], Verdict]) -> None:

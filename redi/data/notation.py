@@ -52,6 +52,7 @@ _RULES: list[tuple[re.Pattern, Any]] = [
         (r"\\(?:boldsymbol|bm|pmb|mathsf|mathtt|textsf|texttt|textsc|emph)(?![a-zA-Z])", ""),
         (r"\\(?:bbox\s*(?:\[[^\[\]]*\])?|f?colorbox(?:\{\w*\})+|fbox|boxed)(?=\s*\{)", ""),
         (r"\\(?:text|math|mbox)(?:bf|it|rm|normal)?\s*\{\s*(-?[\d.,\s]+)\}", r"\1"),
+        (r"\\(?:text|math)(?:bf|it|rm)\s+(?=\d)", ""),
         (rf"\\(?:operatorname|mathrm|text)\s*\{{({_FUNCTIONS})\}}", r"\\\1 "),
         (r"\\(?:mathrm|text|rm)(?:\s*\{\s*([ie])\s*\}|\s+([ie])(?![a-zA-Z]))(?!_)", r" \1\2 "),
         (rf"(?<![\\a-zA-Z{{])({_FUNCTIONS})(?=[\s(_^\d{{\\])(?!\s*[a-zA-Z]{{2,}})", r"\\\1"),

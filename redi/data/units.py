@@ -133,7 +133,7 @@ def _learn() -> None:
 _learn()
 
 
-def take_unit(text: str) -> tuple[str, Unit] | None:
+def take_unit(text: str, *, may_be_letter: bool = False) -> tuple[str, Unit] | None:
     """The value and the unit of `text`, or None if it has no unit (or only a unit)."""
     if text.startswith("\\$"):
         return text[2:].strip(), _KNOWN["dollar"]
@@ -148,12 +148,13 @@ def take_unit(text: str) -> tuple[str, Unit] | None:
             continue
         words = re.sub(rf"{_WRAP}\{{|[{{}}~]|\\(?:cdot|times|q?quad|[ ,;:!])", " ", tail)
         value = text[: start.start()].strip()
-        if value and _is_unit(words, tail, text[start.start() : start.end()], value):
+        gap = text[start.start() : start.end()]
+        if value and _is_unit(words, tail, gap, value, may_be_letter):
             return value, _parse(words)
     return None
 
 
-def _is_unit(words: str, tail: str, gap: str, value: str) -> bool:
+def _is_unit(words: str, tail: str, gap: str, value: str, may_be_letter: bool) -> bool:
     """Bare letters are a unit if they are a known one of two letters or more, or words."""
     names = re.findall(r"[a-zA-Z]+", words)
     if not names or (len(names) == 1 and names[0] in ("i", "e", "j", "pi")):
@@ -162,7 +163,7 @@ def _is_unit(words: str, tail: str, gap: str, value: str) -> bool:
         return not re.fullmatch(r"(?s).*[+\-*=<>/(]\s*", value)
     if re.search(r"[a-zA-Z]\s*$", value) or not re.search(r"\d\}*\s*$|\)\s*$|%\s*$", value):
         return False
-    if all(_look_up(n).is_known and len(n) > 1 for n in names if n not in ("per", *_SQUARE)):
+    if all(_look_up(n).is_known and (len(n) > 1 or may_be_letter) for n in names if n not in ("per", *_SQUARE)):
         return True
     return bool(gap) and any(len(n) > 3 and re.search("[aeiouy]", n) for n in names)
 
