@@ -36,6 +36,10 @@ _TEXT = re.compile(r"\\(?:text|textrm|mathrm|mbox|operatorname|textnormal|textbf
 _WORD = re.compile(
     r"(?<![\\a-zA-Z])[^\W\d_]{3,}(?![a-zA-Z(])|(?<![\\a-zA-Z])(?:no|No|NO|[ap]m|[AP]M)(?![a-zA-Z(])"
 )
+_NUMERALS = set(
+    "none nothing zero one two three four five six seven eight nine ten eleven twelve half third"
+    " quarter dozen hundred thousand million infinite infinity undefined".split()
+)
 _SPACE = re.compile(r"\\[ ,;:!]|[\s$~]")
 
 
@@ -316,6 +320,8 @@ def _same_words(a: str, b: str) -> Verdict | str:
     if all(only_words) and all(len(side) <= 2 for side in parts):
         letters = [sorted("".join(p for p, _ in side)) for side in parts]
         return None if letters[0] == letters[1] else False
+    if only_words[0] and len(parts[0]) == 1 and re.fullmatch(r"-?[\d.,]+", plain(b)):
+        return None if parts[0][0][0] in _NUMERALS else False
     if _is_wordy(a) and _is_wordy(b) or any(only_words):
         return None
     return "no words" if all(len(w) == 1 for x in (a, b) for w in _words(x)) else None

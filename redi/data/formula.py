@@ -7,7 +7,7 @@ or if they have the same solutions, and have some.
 
 import re
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, wraps
 from itertools import islice
 from typing import Any
 
@@ -56,12 +56,40 @@ def read(text: str) -> Any:
         return None
 
 
+def _none_if_it_fails(compare: Callable) -> Callable:
+    """sympy raises errors of many kinds where it cannot compare. (Whether that is the rule and not
+    the exception, the known pairs of judge.py tell.)"""
+
+    @wraps(compare)
+    def compared(*sides: Any) -> Verdict:
+        try:
+            return compare(*sides)
+        except Exception:
+            return None
+
+    return compared
+
+
 def same_formula(given: str, expected: str) -> Verdict:
+    a, b = read(given), read(expected)
+    return None if a is None or b is None else _same_object(a, b)
+
+
+def same_read(given: Any, expected: str) -> Verdict:
+    """`given` as math-verify read it in a text."""
+    from sympy import Symbol
+
+    expression = read(expected)
+    if expression is None or not hasattr(given, "free_symbols"):
+        return None
+    names = {s: Symbol(s.name, real=True) for s in given.free_symbols}
+    return _same_object(given.xreplace(names), expression)
+
+
+@_none_if_it_fails
+def _same_object(a: Any, b: Any) -> Verdict:
     from sympy import Expr, FiniteSet, MatrixBase, MatrixExpr, Set, Tuple
 
-    a, b = read(given), read(expected)
-    if a is None or b is None:
-        return None
     kinds = [
         next(
             (
@@ -88,6 +116,7 @@ def same_formula(given: str, expected: str) -> Verdict:
     return False
 
 
+@_none_if_it_fails
 def same_equation(given: tuple[str, str], expected: tuple[str, str]) -> Verdict:
     """Each as its two sides."""
     from sympy import Expr, fraction, together
@@ -102,6 +131,7 @@ def same_equation(given: tuple[str, str], expected: tuple[str, str]) -> Verdict:
     return True if is_multiple else _same_solutions(a, b)
 
 
+@_none_if_it_fails
 def same_inequality(given: list[str], expected: list[str]) -> Verdict:
     """Of relations other than equations and of sets; those of a list are joined by "or"."""
     from sympy import Expr, Union

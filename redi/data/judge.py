@@ -17,12 +17,11 @@ RULES = 2  # to be raised when a verdict or a vote may change: what older rules 
 MAX_BOXES = 20  # of one answer
 MAX_CHARS = 4000  # of an answer, or of the end of a text that marks none; longer is no answer
 _MEMORY_LIMIT = 4 << 30  # bytes a worker may map: 9^9^9^9 must not take the machine down
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.S)  # \{ is no brace
 _HASHES = re.compile(r".*(?<!#)####(?!#)")
 _ANSWER = re.compile(r"[\W_]*(?:final )?answer[ *]*:", re.I)
 _LONE_A = re.compile(r"[ *]*A[ *]*:(?![a-zA-Z]|.*:)")  # A:B=2:3 is a ratio, A: 1, B: 2 a list
-_TAG = re.compile(r"(?s).*<answer>(.*?)</answer>")
 _THOUGHTS = re.compile(r"\s*(?:<(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[THINK\]|\u25c1think\u25b7)")
 _THOUGHTS_END = re.compile(
     r"</(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[/THINK\]|\u25c1/think\u25b7"
@@ -53,9 +52,9 @@ def extract_answer(text: str) -> str | None:
         return ", ".join(dict.fromkeys(boxes))
     if _BOX.search(text):
         return None
-    tag = _TAG.search(text)
+    _, tag, rest = text.rpartition("<answer>")
     if tag:
-        return tag[1].strip() or None
+        return rest.partition("</answer>")[0].strip() or None
     above, _, line = text.strip().rpartition("\n")
     mark = _HASHES.match(line)  # higher up it is a heading of markdown
     line = line[mark.end() :] if mark else line
@@ -116,11 +115,7 @@ def judge(text: str, answer: str) -> Verdict:
         given = alone[1] if alone else None
     if given is not None:
         return _VERDICTS[_same(given, answer)]
-    given = _found_in(text)
-    is_same = None if given is None else _same(given, answer)
-    if is_same is False and answer.strip("$ ") in text.strip().rpartition("\n")[2]:
-        return "unparsable"  # we took another number of the last line for the answer
-    return _VERDICTS[is_same]
+    return _judge_unmarked(text, answer)
 
 
 def _same(given: str, expected: str) -> bool | None:
@@ -136,25 +131,29 @@ def _same(given: str, expected: str) -> bool | None:
     return quick == "correct" if quick else same(*pair)
 
 
-def _found_in(text: str) -> str | None:
-    """What math-verify takes for the answer of a text that marks none."""
+def _judge_unmarked(text: str, answer: str) -> Verdict:
+    """The verdict on what math-verify takes for the answer of a text that marks none."""
     from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
+    from redi.data.formula import same_read
     from redi.data.notation import rewrite
 
     rules = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
     # No time limit: see verify.py.
     kinds = [LatexExtractionConfig(normalization_config=rules), ExprExtractionConfig()]
+    last_line = text.strip().rpartition("\n")[2]
     try:
         found = parse(rewrite(text), kinds, parsing_timeout=None, raise_on_error=True)
     except Exception:  # it fails in many ways on text that holds no answer
-        return None
-    text_found = next((x for x in found if isinstance(x, str)), "")
-    if found and "\\" not in text_found and getattr(found[0], "is_Number", False):
-        return str(found[0])
-    bold = _BOLD_NUMBER.findall(text.strip().rpartition("\n")[2])
-    return text_found or (bold[-1] if bold else None)
+        found = []
+    given = [x for x in found if isinstance(x, str)] or _BOLD_NUMBER.findall(last_line)[-1:]
+    is_same = _same(given[0], answer) if given else None
+    if is_same is None and found and not isinstance(found[0], str):
+        is_same = same_read(found[0], rewrite(answer.strip("$")))
+    if is_same is False and re.search(rf"(?<![\w.]){re.escape(answer.strip('$ '))}(?!\w)", last_line):
+        return "unparsable"  # we took another number of the last line for the answer
+    return _VERDICTS[is_same]
 
 
 def serve(judge: Callable[[str, str], Verdict]) -> None:

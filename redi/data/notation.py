@@ -51,7 +51,7 @@ _RULES: list[tuple[re.Pattern, Any]] = [
         (rf"\\(?:{_FONTS})(?![a-zA-Z])", ""),
         (r"\\(?:boldsymbol|bm|pmb|mathsf|mathtt|textsf|texttt|textsc|emph)(?![a-zA-Z])", ""),
         (r"\\(?:bbox\s*(?:\[[^\[\]]*\])?|f?colorbox(?:\{\w*\})+|fbox|boxed)(?=\s*\{)", ""),
-        (r"\\(?:text|math|mbox)(?:bf|it|rm|normal)?\s*\{\s*(-?[\d.,\s]+)\}", r"\1"),
+        (r"\\(?:text|math|mbox)(?:bf|it|rm|normal)?\s*\{\s*([-+\d.,/()\s]+)\}", r"\1"),
         (r"\\(?:text|math)(?:bf|it|rm)\s+(?=\d)", ""),
         (rf"\\(?:operatorname|mathrm|text)\s*\{{({_FUNCTIONS})\}}", r"\\\1 "),
         (r"\\(?:mathrm|text|rm)(?:\s*\{\s*([ie])\s*\}|\s+([ie])(?![a-zA-Z]))(?!_)", r" \1\2 "),
@@ -124,11 +124,15 @@ def align(given: str, expected: str) -> tuple[str, str] | None:
     if all(bases):
         values = [_in_base(*match.groups()) for match in bases if match]
         return None if None in values or values[0] != values[1] else ("1", "1")
-    if any(bases):  # one side leaves the base out
+    if any(bases):  # one side leaves the base out: the same digits, or else the same number
+        digits = {m[1] if m else text for m, text in zip(bases, (given, expected), strict=True)}
+        values = [m and _in_base(*m.groups()) for m in bases]
         given, expected = (
-            m[1] if m and other.isalnum() else text
-            for text, m, other in zip((given, expected), bases, (expected, given), strict=True)
+            text if value is None or len(digits) == 1 else str(value)
+            for text, value in zip((given, expected), values, strict=True)
         )
+        if len(digits) == 1:
+            return "1", "1"
     if ("matrix" in given) != ("matrix" in expected):
         given, expected = (_COLUMN.sub(_as_tuple, text) for text in (given, expected))
     return given, expected
