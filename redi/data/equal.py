@@ -40,6 +40,7 @@ _NUMERALS = set(
     "none nothing zero one two three four five six seven eight nine ten eleven twelve half third"
     " quarter dozen hundred thousand million infinite infinity undefined".split()
 )
+_PLUS_MINUS = re.compile(r"\\(pm|mp)(?![a-zA-Z])")
 _SPACE = re.compile(r"\\[ ,;:!]|[\s$~]")
 
 
@@ -124,11 +125,12 @@ def _joined(match: re.Match) -> str:
 
 def _signed(items: Iterable[str]) -> Iterator[str]:
     for item in items:
-        if re.search(r"\\[pm]p|\\pm", item):
-            yield item.replace(r"\pm", "+").replace(r"\mp", "-").removeprefix("+").replace("=+", "=")
-            yield item.replace(r"\pm", "-").replace(r"\mp", "+").removeprefix("+").replace("=+", "=")
-        else:
+        if not _PLUS_MINUS.search(item):
             yield item
+            continue
+        for first, second in ("+-", "-+"):
+            signed = _PLUS_MINUS.sub(lambda m, s=first, t=second: s if m[1] == "pm" else t, item)
+            yield re.sub(r"(^|=)\s*\+", r"\1", signed)
 
 
 def _any(verdicts: Iterable[Verdict]) -> Verdict:
@@ -172,13 +174,18 @@ def _same_lists(a: list[str], b: list[str]) -> Verdict:
 
 def _same_one_and_list(one: str, items: list[str]) -> Verdict:
     """A tuple may be written without its parentheses; else one thing is not several."""
+    sides, signs = _cut(one, _SIGN)
+    if signs in (["="], [r"\in"]) and _is_name(sides[0]):
+        inside = split(trim(sides[1]))  # (m, n) \in \{(1, 1), (3, 2)\}
+        if len(inside) > 1:
+            return _same_lists(inside, items)
     inner = _elements(_value_of(one))
     if inner is not None and len(inner[1]) > 1:
         if len(inner[1]) != len(items):
             return False
         return _all(map(_same_item, items, inner[1])) if inner[0] in ("()", "[]") else False
-    signs = [_cut(item, _SIGN)[1] for item in items]
-    if all(s and "=" not in s for s in signs):  # x < -1 or x > 1
+    all_signs = [_cut(item, _SIGN)[1] for item in items]
+    if all(s and "=" not in s for s in all_signs):  # x < -1 or x > 1
         return same_inequality(items, [one])
     if any(_is_wordy(x) or "dots" in x for x in (one, *items)) or re.search(r"\\mid|\\cup|\\in\b", one):
         return None
@@ -422,7 +429,7 @@ def _same_value(
             return verdict
         if is_expected:  # 7 = 11a + c and a + 3z = 0 are equations, not values
             return None if re.search("[a-zA-Z]", name) and plain(result) != "0" else False
-        return None if re.search(r"(?<!\\)(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z])", name) else True
+        return None if plain(result) == "0" and re.search("[a-zA-Z]", name) else True
     if signs == [r"\in"] and _is_name(sides[0]):
         return same(sides[1], value) if not is_expected else same(value, sides[1])
     if is_expected:

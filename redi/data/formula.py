@@ -75,6 +75,7 @@ def same_formula(given: str, expected: str) -> Verdict:
     return None if a is None or b is None else _same_object(a, b)
 
 
+@_none_if_it_fails
 def same_read(given: Any, expected: str) -> Verdict:
     """`given` as math-verify read it in a text."""
     from sympy import Symbol

@@ -51,6 +51,7 @@ _RULES: list[tuple[re.Pattern, Any]] = [
         (rf"\\(?:{_FONTS})(?![a-zA-Z])", ""),
         (r"\\(?:boldsymbol|bm|pmb|mathsf|mathtt|textsf|texttt|textsc|emph)(?![a-zA-Z])", ""),
         (r"\\(?:bbox\s*(?:\[[^\[\]]*\])?|f?colorbox(?:\{\w*\})+|fbox|boxed)(?=\s*\{)", ""),
+        (r"\\(?:text|math)bf\s*\{\s*(-? ?\d(?: \d)+)\s*\}", lambda m: m[1].replace(" ", "")),
         (r"\\(?:text|math|mbox)(?:bf|it|rm|normal)?\s*\{\s*([-+\d.,/()\s]+)\}", r"\1"),
         (r"\\(?:text|math)(?:bf|it|rm)\s+(?=\d)", ""),
         (rf"\\(?:operatorname|mathrm|text)\s*\{{({_FUNCTIONS})\}}", r"\\\1 "),
