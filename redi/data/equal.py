@@ -28,11 +28,14 @@ _SIGN = re.compile(
 _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne"}
 _THOUSANDS = re.compile(r"(?<![\d,.])(\d{1,3})((?:,\d{3})+)(?!,?\d)")
 _MODULUS = re.compile(
-    r"(.*?)\s*\\?[\s,(]*(?:\\[pb]?mod|\\text\s*\{\s*\(?mod\s*\}|\(mod)\s*\{?\s*(\w+)\s*[})\s]*", re.S
+    r"(.*?)\s*\\?[\s,(]*(?:\\[pb]?mod|\\text\s*\{\s*\(?mod\s*\}|\(mod)\s*\{?\s*(\w+)\s*[})\s]*",
+    re.S,
 )
 _BUILDER = re.compile(r"\\\{(.*?)(?:\\mid|:|\|)(.*)\\\}", re.S)
 _PHRASE = re.compile(r"^(?:\\text\s*\{)?\s*(?:the )?(?:final )?answer is:?\s*\}?", re.I)
-_TEXT = re.compile(r"\\(?:text|textrm|mathrm|mbox|operatorname|textnormal|textbf|textit)\s*\{([^{}]*)\}")
+_TEXT = re.compile(
+    r"\\(?:text|textrm|mathrm|mbox|operatorname|textnormal|textbf|textit)\s*\{([^{}]*)\}"
+)
 _WORD = re.compile(
     r"(?<![\\a-zA-Z])[^\W\d_]{3,}(?![a-zA-Z(])|(?<![\\a-zA-Z])(?:no|No|NO|[ap]m|[AP]M)(?![a-zA-Z(])"
 )
@@ -60,9 +63,11 @@ def trim(text: str) -> str:
     """Without what stands around an answer and says nothing."""
     before = None
     while text != before:
-        before, text = text, text.strip().rstrip(",;:`*\"✓✔").lstrip(":`*\"")
+        before, text = text, text.strip().rstrip(',;:`*"✓✔').lstrip(':`*"')
         text = _PHRASE.sub("", text)
-        text = re.sub(r"^(?:\\[ ,;:!]|\\displaystyle(?![a-zA-Z])|['=]|\\approx(?![a-zA-Z]))+", "", text)
+        text = re.sub(
+            r"^(?:\\[ ,;:!]|\\displaystyle(?![a-zA-Z])|['=]|\\approx(?![a-zA-Z]))+", "", text
+        )
         text = re.sub(r"(?:\\[ ,;:!]|\\q?quad|~|\\)+$", "", text.strip())
         text = re.sub(r"(?<!\.)\.$", "", text).strip().strip("$").strip()
         if text.startswith("{") and _end(text) == len(text):
@@ -103,7 +108,9 @@ def _cut(text: str, mark: re.Pattern) -> tuple[list[str], list[str]]:
         token = _TOKEN.match(text, at)
         assert token
         bare = token[0].removeprefix("\\")
-        depth += (bare in ("(", "[", "{", "begin", "lbrace")) - (bare in (")", "]", "}", "end", "rbrace"))
+        depth += (bare in ("(", "[", "{", "begin", "lbrace")) - (
+            bare in (")", "]", "}", "end", "rbrace")
+        )
         at = token.end()
     return [*pieces, text[start:]], marks
 
@@ -187,7 +194,9 @@ def _same_one_and_list(one: str, items: list[str]) -> Verdict:
     all_signs = [_cut(item, _SIGN)[1] for item in items]
     if all(s and "=" not in s for s in all_signs):  # x < -1 or x > 1
         return same_inequality(items, [one])
-    if any(_is_wordy(x) or "dots" in x for x in (one, *items)) or re.search(r"\\mid|\\cup|\\in\b", one):
+    if any(_is_wordy(x) or "dots" in x for x in (one, *items)) or re.search(
+        r"\\mid|\\cup|\\in\b", one
+    ):
         return None
     if any(sign != "=" for x in (one, *items) for sign in _cut(x, _SIGN)[1]):
         return None
@@ -262,7 +271,9 @@ def _same_item(a: str, b: str) -> Verdict:
         return in_words
     builders = [_BUILDER.fullmatch(text) for text in (a, b)]
     if all(builders):
-        return same(builders[0][2], builders[1][2]) if same(builders[0][1], builders[1][1]) else None
+        return (
+            same(builders[0][2], builders[1][2]) if same(builders[0][1], builders[1][1]) else None
+        )
     moduli = [_MODULUS.fullmatch(text) for text in (a, b)]
     if any(moduli):
         return _same_congruence(*moduli)
@@ -297,7 +308,9 @@ def _words(text: str) -> list[str]:
     """Words, which are not the names of functions; inside \\text{} a letter is a word too."""
     found = [w for m in _TEXT.finditer(text) for w in re.findall(r"[^\W\d_]+", m[1])]
     bare = re.sub(r"\\(?:begin|end)\{\w+\*?\}", " ", _TEXT.sub(" ", text))
-    found += [m[0] for m in _WORD.finditer(bare) if re.search("[aeiouy]|[^\x00-\x7f]", m[0].lower())]
+    found += [
+        m[0] for m in _WORD.finditer(bare) if re.search("[aeiouy]|[^\x00-\x7f]", m[0].lower())
+    ]
     return found
 
 
@@ -318,11 +331,7 @@ def _same_words(a: str, b: str) -> Verdict | str:
         shape = [[is_word for _, is_word in side] for side in parts]
         if shape[0] != shape[1]:
             return None
-        return _all(
-            same(x, y)
-            for (x, is_word), (y, _) in zip(*parts, strict=True)
-            if not is_word
-        )
+        return _all(same(x, y) for (x, is_word), (y, _) in zip(*parts, strict=True) if not is_word)
     only_words = [all(is_word for _, is_word in side) for side in parts]
     if all(only_words) and all(len(side) <= 2 for side in parts):
         letters = [sorted("".join(p for p, _ in side)) for side in parts]

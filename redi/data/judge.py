@@ -22,7 +22,9 @@ _BRACE = re.compile(r"\\.|[{}]", re.S)  # \{ is no brace
 _HASHES = re.compile(r".*(?<!#)####(?!#)")
 _ANSWER = re.compile(r"[\W_]*(?:final )?answer[ *]*:", re.I)
 _LONE_A = re.compile(r"[ *]*A[ *]*:(?![a-zA-Z]|.*:)")  # A:B=2:3 is a ratio, A: 1, B: 2 a list
-_THOUGHTS = re.compile(r"\s*(?:<(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[THINK\]|\u25c1think\u25b7)")
+_THOUGHTS = re.compile(
+    r"\s*(?:<(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[THINK\]|\u25c1think\u25b7)"
+)
 _THOUGHTS_END = re.compile(
     r"</(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[/THINK\]|\u25c1/think\u25b7"
 )
@@ -33,10 +35,43 @@ _EMPTY_BOX = re.compile(
 )
 _FORMULA = re.compile(r"(?s)\s*(?:\$\$?([^$]+)\$\$?|\\\(((?:(?!\\\)).)+)\\\))\s*\.?\s*")
 _BREAK = re.compile(r"[.!?:](?:\s|$|\\|\$)|\n\s*\n|\*\*")  # between two boxes: a new sentence
-_TAKES_BACK = {"no", "not", "wait", "rather", "actually", "oops", "instead", "but", "so", "then", "thus"}
+_TAKES_BACK = {
+    "no",
+    "not",
+    "wait",
+    "rather",
+    "actually",
+    "oops",
+    "instead",
+    "but",
+    "so",
+    "then",
+    "thus",
+}
 _NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?:\.[0-9]*)?")
 _BOLD_NUMBER = re.compile(r"\*\*\W*([-+]?\d+(?:[.,]\d+)*)(?![\da-zA-Z])[^*]*\*\*")
 _NOISE = str.maketrans("", "", " \t\n$")
+KNOWN: list[tuple[str, str, Verdict]] = [  # a pair for each thing that we ask of math-verify
+    (r"So it is $\frac{1}{2}$.", "0.5", "correct"),
+    (r"\frac{1}{2}", "0.5", "correct"),
+    (r"\frac{1}{2}", "0.25", "wrong"),
+    (r"2\sqrt{3}", r"\sqrt{12}", "correct"),
+    ("x^2+2x+1", "(x+1)^2", "correct"),
+    ("x^2+2x+1", "(x-1)^2", "wrong"),
+    ("M/m", "m/M", "wrong"),
+    ("2, 3", r"\{3, 2\}", "correct"),
+    ("(1, 2)", "(2, 1)", "wrong"),
+    ("2x+4y=6", "x+2y=3", "correct"),
+    ("x=2i", "x=5i", "wrong"),
+    (r"x \ge 2", r"[2, \infty)", "correct"),
+    (r"x > 2", r"[2, \infty)", "wrong"),
+    (
+        r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}",
+        r"\begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix}",
+        "wrong",
+    ),
+    (r"\sum_{d \mid n} 2^d", r"\sum_{d \mid n} 3^d", "unparsable"),
+]
 _VERDICTS: dict[bool | None, Verdict] = {True: "correct", False: "wrong", None: "unparsable"}
 _DIGITS_APART = re.compile(r"(?<=\d),?\s+(?=\d)")  # 3 5/8 is not 35/8, nor 1, 100 1100
 
@@ -47,7 +82,7 @@ def extract_answer(text: str) -> str | None:
     on the last line, what stands after #### or "Answer:" (or "A:", below other lines); None if it
     marks none, or if the last box does not close."""
     text = _spoken(text)
-    boxes = _last_boxes(text)
+    boxes = last_boxes(text)
     if boxes:
         return ", ".join(dict.fromkeys(boxes))
     if _BOX.search(text):
@@ -151,18 +186,40 @@ def _judge_unmarked(text: str, answer: str) -> Verdict:
     is_same = _same(given[0], answer) if given else None
     if is_same is None and found and not isinstance(found[0], str):
         is_same = same_read(found[0], rewrite(answer.strip("$")))
-    if is_same is False and re.search(rf"(?<![\w.]){re.escape(answer.strip('$ '))}(?!\w)", last_line):
+    if is_same is False and re.search(
+        rf"(?<![\w.]){re.escape(answer.strip('$ '))}(?!\w)", last_line
+    ):
         return "unparsable"  # we took another number of the last line for the answer
     return _VERDICTS[is_same]
 
 
-def serve(judge: Callable[[str, str], Verdict]) -> None:
+def check(judge: Callable[[str, str], Verdict] = judge) -> str:
+    """What is wrong with the grader, in a sentence; "" if known pairs get their verdicts. Another
+    version of math-verify or sympy may read answers otherwise, or fail where errors are expected:
+    then right answers would be called unparsable and nothing would be said."""
+    for given, expected, right in KNOWN:
+        text = given if "$" in given else f"\\boxed{{{given}}}"
+        verdict = judge(text, expected)
+        if verdict != right:
+            from importlib.metadata import version
+
+            names = ("math-verify", "latex2sympy2-extended", "sympy")
+            versions = ", ".join(f"{name} {version(name)}" for name in names)
+            return (
+                f"the grader cannot be trusted with {versions}: it calls {given} {verdict} where "
+                f"{expected} is expected, and it is {right}; install the versions that "
+                'pip install "reinforcement-distillation[data]" names'
+            )
+    return ""
+
+
+def serve(judge: Callable[[str, str], Verdict], check: Callable[[], str] = str) -> None:
     """The worker: one JSON pair [text, answer] per line in, one verdict per line out, until EOF.
 
     Argument 1 is the parent's sys.path, argument 2 the seconds of computing allowed for one answer:
     the kernel ends a worker that takes more (SIGPROF), so that a verdict does not depend on what
     else the machine does. Argument 3 is the same by the clock, for a worker whose parent is gone;
-    the last is the grader.
+    the last is the grader. `check` says what is wrong with it, and then no worker starts.
     """
     import contextlib
     import logging
@@ -180,6 +237,9 @@ def serve(judge: Callable[[str, str], Verdict]) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)  # what libraries print must not reach the parent
     judge("\\boxed{x}", "1")  # imports, before the first clock starts
+    fault = check()
+    if fault:
+        sys.exit(fault)
     print("ready", file=out, flush=True)
     os.dup2(nowhere, 2)  # only a failed start is worth reading
     for line in sys.stdin:
@@ -191,7 +251,7 @@ def serve(judge: Callable[[str, str], Verdict]) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _last_boxes(text: str) -> list[str]:
+def last_boxes(text: str) -> list[str]:
     """What the last \\boxed{...} holds, and those before it that belong to it; [] if it does not
     close."""
     boxes = list(_BOX.finditer(text))
@@ -235,4 +295,7 @@ def _rllm(given: str, expected: str) -> Verdict:
 
 
 if __name__ == "__main__":
-    serve(_rllm if sys.argv[-1] == "rllm" else judge)
+    if sys.argv[-1] == "rllm":
+        serve(_rllm)
+    else:
+        serve(judge, check)

@@ -25,9 +25,7 @@ _DEGREES = re.compile(
 )
 _CALL = re.compile(r"(?:\\sqrt(?:\[\d\])?|\\frac(?:\{[^{}]*\})?|\^)\s*\(")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)\b")
-_FUNCTIONS = (
-    "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|cbrt|min|max|gcd|lcm"
-)
+_FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|cbrt|min|max|gcd|lcm"
 _LETTERS = (
     "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|omega|pi|infinity|infty|inf"
 )
@@ -92,6 +90,8 @@ _CHOICE = re.compile(r"\(([A-Z])\)|([A-Z])[.:)]")
 _NEXT_CHOICE = re.compile(rf"(?:[,;&/)]|\b(?:and|or)\b|\\quad)[\s\\~]*(?:{_CHOICE.pattern})")
 _COLUMN = re.compile(r"\\begin\{([pb]?)matrix\}([^&]+)\\end\{\1matrix\}")
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{")
+
+
 def rewrite(text: str) -> str:
     """`text` in notation that math-verify reads as meant."""
     text = "".join(map(_spell_fraction, text)).translate(_TRANSLATION)

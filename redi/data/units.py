@@ -138,7 +138,8 @@ def take_unit(text: str, *, may_be_letter: bool = False) -> tuple[str, Unit] | N
     if text.startswith("\\$"):
         return text[2:].strip(), _KNOWN["dollar"]
     degrees = re.fullmatch(
-        r"(?s)(.*\S)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*(?:\\(?:text|mathrm)\s*\{)?\s*([CF]?)\}?", text
+        r"(?s)(.*\S)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*(?:\\(?:text|mathrm)\s*\{)?\s*([CF]?)\}?",
+        text,
     )
     if degrees:
         return degrees[1], _parse("degree" + degrees[2])
@@ -163,7 +164,11 @@ def _is_unit(words: str, tail: str, gap: str, value: str, may_be_letter: bool) -
         return not re.fullmatch(r"(?s).*[+\-*=<>/(]\s*", value)
     if re.search(r"[a-zA-Z]\s*$", value) or not re.search(r"\d\}*\s*$|\)\s*$|%\s*$", value):
         return False
-    if all(_look_up(n).is_known and (len(n) > 1 or may_be_letter) for n in names if n not in ("per", *_SQUARE)):
+    if all(
+        _look_up(n).is_known and (len(n) > 1 or may_be_letter)
+        for n in names
+        if n not in ("per", *_SQUARE)
+    ):
         return True
     return bool(gap) and any(len(n) > 3 and re.search("[aeiouy]", n) for n in names)
 
@@ -171,4 +176,8 @@ def _is_unit(words: str, tail: str, gap: str, value: str, may_be_letter: bool) -
 def scaled(value: str, unit: Unit, other: Unit) -> str:
     """`value` of `unit` as a number of `other`, which measures the same."""
     ratio = unit.size / other.size
-    return value if ratio == 1 else rf"({value}) \cdot \frac{{{ratio.numerator}}}{{{ratio.denominator}}}"
+    return (
+        value
+        if ratio == 1
+        else rf"({value}) \cdot \frac{{{ratio.numerator}}}{{{ratio.denominator}}}"
+    )
