@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from redi.data.formula import same_equation, same_formula, same_inequality
-from redi.data.units import scaled, take_unit
+from redi.data.units import ONE, scaled, take_unit
 
 Verdict = bool | None
 
@@ -42,6 +42,10 @@ _WORD = re.compile(
 _NUMERALS = set(
     "none nothing zero one two three four five six seven eight nine ten eleven twelve half third"
     " quarter dozen hundred thousand million infinite infinity undefined".split()
+)
+_FUNCTION = re.compile(r"\s*([a-zA-Z])\s*\(\s*([a-zA-Z])\s*\)\s*")
+_CHOICES = re.compile(
+    r"\\text(?:bf)?\s*\{\s*(\(?[A-Z]\)?(?:\s*(?:,|&|and|or)\s*\(?[A-Z]\)?)+)\s*\}"
 )
 _PLUS_MINUS = re.compile(r"\\(pm|mp)(?![a-zA-Z])")
 _SPACE = re.compile(r"\\[ ,;:!]|[\s$~]")
@@ -86,13 +90,41 @@ def plain(text: str) -> str:
 
 def split(text: str) -> list[str]:
     """The items of a list, or of a set in braces; `\\pm` makes two items."""
-    inner = text
+    choices = _CHOICES.fullmatch(text)
+    inner = choices[1] if choices else text
     if re.match(r"\\\{|\\lbrace", text) and _end(text) == len(text):
         if re.search(r"\\n?mid|:|\|", text):
             return [text]
         inner = re.sub(r"^\\(?:\{|lbrace)|\\(?:\}|rbrace)$", "", text)
     items = [piece for piece in map(trim, _cut(inner, _SEPARATOR)[0]) if piece]
-    return [*_signed(items)] or [text]
+    if len(items) == 1:
+        items = _parts_of_one(items[0])
+    items = [*_signed(items)] or [text]
+    return [*{plain(item): item for item in items}.values()] if inner != text else items
+
+
+def _parts_of_one(item: str) -> list[str]:
+    """(a, b) = (1, 2) as a = 1 and b = 2; 2 h 30 min as 2 h and 30 min."""
+    sides, signs = _cut(item, _SIGN)
+    if signs == ["="]:
+        names, values = map(_elements, sides)
+        if names and values and len(names[1]) == len(values[1]) > 1 and all(map(_is_name, names[1])):
+            return [f"{name}={value}" for name, value in zip(names[1], values[1], strict=True)]
+    pieces = [piece.strip() for piece in re.split(r"(?<=\})\s*(?=\d)", item)]
+    return pieces if len(pieces) > 1 and all(map(take_unit, pieces)) else [item]
+
+
+def _total(items: list[str]) -> str | None:
+    """2 h and 30 min as so many minutes."""
+    parts = [take_unit(item) for item in items]
+    if len(parts) < 2 or not all(part and part[1].is_known for part in parts):
+        return None
+    sizes = [unit.size for _, unit in parts]
+    if len({unit.powers for _, unit in parts}) > 1 or sizes != sorted(set(sizes), reverse=True):
+        return None
+    values = (scaled(value, unit, parts[-1][1]) for value, unit in parts)
+    last = parts[-1]
+    return f"({' + '.join(values)}){items[-1].strip()[len(last[0]) :]}"
 
 
 def _cut(text: str, mark: re.Pattern) -> tuple[list[str], list[str]]:
@@ -164,6 +196,9 @@ def _same_lists(a: list[str], b: list[str]) -> Verdict:
     if max(len(a), len(b)) > MAX_ITEMS:
         return None
     for one, other in ((a, b), (b, a)):
+        total = _total(other) if len(one) == 1 else None
+        if total:
+            return _same_item(one[0], total)
         if len(one) == 1:
             return _same_one_and_list(one[0], other)
     names_a, names_b = ([_named(item) for item in side] for side in (a, b))
@@ -245,7 +280,8 @@ def _match(a: list, b: list, compare) -> Verdict:
     if not rest_a and not rest_b:
         return True
     if all(any(table[i]) for i in rest_a) and all(any(r[j] for r in table) for j in rest_b):
-        return True  # {1, 2, 2} is {1, 2}
+        # The same solutions, if tuples; but 1, 2, 2 is another list than 1, 2.
+        return True if all(isinstance(x, str) and _elements(x) for x in (*a, *b)) else None
     alone = [all(v is False for v in table[i]) for i in rest_a]
     alone += [all(row[j] is False for row in table) for j in rest_b]
     if any(alone):
@@ -276,6 +312,9 @@ def _same_item(a: str, b: str) -> Verdict:
         )
     moduli = [_MODULUS.fullmatch(text) for text in (a, b)]
     if any(moduli):
+        if not all(moduli):  # one side leaves the modulus out
+            bare = [m[1] if m else text for m, text in zip(moduli, (a, b), strict=True)]
+            return True if plain(bare[0]) == plain(bare[1]) else None
         return _same_congruence(*moduli)
     signs = [_cut(text, _SIGN) for text in (a, b)]
     if signs[0][1] or signs[1][1]:
@@ -356,10 +395,8 @@ def _parts(text: str) -> list[tuple[str, bool]]:
     return parts
 
 
-def _same_congruence(a: re.Match | None, b: re.Match | None) -> Verdict:
+def _same_congruence(a: re.Match, b: re.Match) -> Verdict:
     """Residues of the same modulus."""
-    if not (a and b):
-        return None
     sides = [re.split(r"\\equiv|=", m[1]) for m in (a, b)]
     residues = [_SPACE.sub("", side[-1]).strip("(") for side in sides]
     names = {plain(side[0]) for side in sides if len(side) > 1}
@@ -389,6 +426,10 @@ def _same_relation(a: str, b: str, in_a: tuple, in_b: tuple) -> Verdict:
         if signs_a:
             return _same_value(sides_a, signs_a, b, a, is_expected=False)
         return _same_value(sides_b, signs_b, a, b, is_expected=True)
+    functions = [_FUNCTION.fullmatch(sides[0]) for sides in (sides_a, sides_b)]
+    if all(functions) and functions[0][1] == functions[1][1]:  # f(t) = 2t is f(x) = 2x
+        old, new = (f[2] for f in functions)
+        sides_a = [re.sub(rf"(?<![\\a-zA-Z]){old}(?![a-zA-Z])", new, side) for side in sides_a]
     if signs_a == signs_b or [_FLIPPED.get(s) for s in signs_a[::-1]] == signs_b:
         turns = [(sides_a, signs_a), (sides_a[::-1], [_FLIPPED.get(s) for s in signs_a[::-1]])]
         for sides, signs in turns:
@@ -466,6 +507,12 @@ def _same_quantity(a: str, b: str) -> Verdict | str:
             units = loose
     if not all(units):
         values = [unit[0] if unit else text for unit, text in zip(units, (a, b), strict=True)]
+        unit = next(unit[1] for unit in units if unit)
+        if unit.is_number:  # 3.5 million, 75 cents
+            k = 0 if units[0] else 1
+            whole = [*values]
+            whole[k] = scaled(values[k], unit, ONE)
+            return _any([same(*values), same(*whole)])
         return same(*values)
     (value_a, unit_a), (value_b, unit_b) = units  # type: ignore[misc]
     if unit_a.powers == unit_b.powers:

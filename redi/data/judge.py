@@ -40,6 +40,9 @@ _TAKES_BACK = {
     "not",
     "wait",
     "rather",
+    "wrong",
+    "incorrect",
+    "answer",
     "actually",
     "oops",
     "instead",
@@ -154,12 +157,12 @@ def judge(text: str, answer: str) -> Verdict:
 
 
 def _same(given: str, expected: str) -> bool | None:
-    from redi.data.equal import plain, same
+    from redi.data.equal import plain, same, trim
     from redi.data.notation import align, rewrite
 
     if plain(given) == plain(expected):
         return True if plain(given) else None
-    pair = align(rewrite(given), rewrite(expected))
+    pair = align(*(rewrite(trim(side)) for side in (given, expected)))
     if pair is None:
         return False
     quick = quick_verdict(*pair)

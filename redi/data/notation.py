@@ -41,6 +41,8 @@ _RULES: list[tuple[re.Pattern, Any]] = [
         (r"√\s*(\d+|[a-zA-Z])", r"\\sqrt{\1}"),
         (r"√", r"\\sqrt "),
         (r"(?<=\d),\\!\s*(?=\d{3})|(?<=\d)\{,\}(?=\d{3})", ","),
+        (r"\{([,:;])\}", r"\1"),
+        (r"\\checkmark(?![a-z])", ""),
         (r"(?<=\d)(?:\\[,;:! ]|~| )(?=\d{3}(?!\d))", ""),  # 10\,000
         (r"(?<![\d.^_{/])(\d+) +(\d+)/(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),  # 3 5/8
         (r"(?<![\w.\\}])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d+)(?![\w.])", r"\1 \\times 10^{\2}"),
@@ -49,6 +51,8 @@ _RULES: list[tuple[re.Pattern, Any]] = [
         (rf"\\(?:{_FONTS})(?![a-zA-Z])", ""),
         (r"\\(?:boldsymbol|bm|pmb|mathsf|mathtt|textsf|texttt|textsc|emph)(?![a-zA-Z])", ""),
         (r"\\(?:bbox\s*(?:\[[^\[\]]*\])?|f?colorbox(?:\{\w*\})+|fbox|boxed)(?=\s*\{)", ""),
+        (r"\\text\s*\{\s*(-?\d[\d.,/]*)\s+([a-zA-Z][^{}]*)\}", r"\1 \\text{ \2}"),
+        (r"\\text\s*\{([^{}]*[^{}\s])\s+(and|or)\s*\}", r"\\text{\1}\\text{ \2 }"),
         (r"\\(?:text|math)bf\s*\{\s*(-? ?\d(?: \d)+)\s*\}", lambda m: m[1].replace(" ", "")),
         (r"\\(?:text|math|mbox)(?:bf|it|rm|normal)?\s*\{\s*([-+\d.,/()\s]+)\}", r"\1"),
         (r"\\(?:text|math)(?:bf|it|rm)\s+(?=\d)", ""),
@@ -84,7 +88,7 @@ _RULES: list[tuple[re.Pattern, Any]] = [
 ]
 _FALLS = re.compile(r"(>|\\geq?(?:slant)?(?![a-z]))")
 _RATIO = re.compile(r"\d+(?:\s*:\s*\d+){2,}")
-_BASE = re.compile(r"(\d[0-9A-Z]*)_\{?(\d{1,2})\}?")
+_BASE = re.compile(r"(\d[0-9A-Z]*|[0-9A-F]+(?=_\{?16\b))_\{?(\d{1,2})\}?")
 _LETTER = re.compile(r"\(?([A-Z])\)?")
 _CHOICE = re.compile(r"\(([A-Z])\)|([A-Z])[.:)]")
 _NEXT_CHOICE = re.compile(rf"(?:[,;&/)]|\b(?:and|or)\b|\\quad)[\s\\~]*(?:{_CHOICE.pattern})")

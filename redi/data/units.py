@@ -5,10 +5,11 @@ from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 
+MAX_LENGTH = 100  # of a unit
 _WRAP = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*"
 _GAP = r"(?:\\?[ ,;:!~]|\\q?quad(?![a-z]))*"
 _POWER = r"(?:\s*\^\s*(?:-?\d|\{\s*-?\d\s*\}))?"
-_PART = rf"(?:{_WRAP}\{{[^{{}}]*\}}{_POWER}|(?:\\cdot|/|\\times)(?!\s*\d)|[a-zA-Z]+\.?{_POWER})"
+_PART = rf"(?:{_WRAP}\{{[^{{}}]*\}}{_POWER}|(?:\\cdot|/|\\times)(?!\s*\d)|[a-zA-Z]+(?![a-zA-Z])\.?{_POWER})"
 _TAIL = re.compile(rf"(?:{_GAP}{_PART})+{_GAP}")
 _WORDS = re.compile(r"[a-zA-Zμ]+|/|\^-?\d|-?\d")
 # A line: names, what one is in the units before it.
@@ -52,6 +53,12 @@ rad radian
 degree deg
 mph: mi / h
 kmph kph: km / h
+hundred: 100 #
+thousand: 1000 #
+million: 1000000 #
+billion: 1000000000 #
+trillion: 1000000000000 #
+dozen: 12 #
 """
 _FILLERS = {"a", "an", "the", "of", "in", "total"}
 _SQUARE = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
@@ -68,11 +75,17 @@ class Unit:
         return {base for base, _ in self.powers}
 
     @property
+    def is_number(self) -> bool:
+        """A number by another name, or money, whose unit often stays away."""
+        return self.is_known and self.bases <= {"dollar"} and self.size != 1
+
+    @property
     def is_vague(self) -> bool:
         """Units of no kind: "square units"."""
         return self.bases == {"unit"}
 
 
+ONE = Unit(frozenset(), Fraction(1), True)
 _KNOWN: dict[str, Unit] = {}
 
 
@@ -145,7 +158,7 @@ def take_unit(text: str, *, may_be_letter: bool = False) -> tuple[str, Unit] | N
         return degrees[1], _parse("degree" + degrees[2])
     for start in re.finditer(r"(?<=[\d}).π])\s*|(?<=[a-z%|])(?=\\)|(?<=[a-z%])\s+", text):
         tail = text[start.end() :]
-        if not tail or tail[0] in "/^.*" or not _TAIL.fullmatch(tail):
+        if not 0 < len(tail) <= MAX_LENGTH or tail[0] in "/^.*" or not _TAIL.fullmatch(tail):
             continue
         words = re.sub(rf"{_WRAP}\{{|[{{}}~]|\\(?:cdot|times|q?quad|[ ,;:!])", " ", tail)
         value = text[: start.start()].strip()
