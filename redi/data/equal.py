@@ -44,9 +44,6 @@ _NUMERALS = set(
     " quarter dozen hundred thousand million infinite infinity undefined".split()
 )
 _FUNCTION = re.compile(r"\s*([a-zA-Z])\s*\(\s*([a-zA-Z])\s*\)\s*")
-_CHOICES = re.compile(
-    r"\\text(?:bf)?\s*\{\s*(\(?[A-Z]\)?(?:\s*(?:,|&|and|or)\s*\(?[A-Z]\)?)+)\s*\}"
-)
 _PLUS_MINUS = re.compile(r"\\(pm|mp)(?![a-zA-Z])")
 _SPACE = re.compile(r"\\[ ,;:!]|[\s$~]")
 
@@ -56,6 +53,12 @@ def same(given: str, expected: str) -> Verdict:
     a, b = trim(given), trim(expected)
     if plain(a) == plain(b):
         return True if plain(a) else None
+    lists = [split(side) for side in (a, b)]
+    if [len(items) > 1 for items in lists] != [True, True] and any(
+        len(items) > 1 and all(_is_inequality(item) for item in items) for items in lists
+    ):  # x < -1 or x > 1, and x > 1 and x < 4
+        is_or = re.search(r"(?<![a-z])or(?![a-z])|\\lor|\\vee", a + b)
+        return same_inequality(*lists, joined_by="or" if is_or else "and")
     readings = [
         [split(text) for text in dict.fromkeys((side, _THOUSANDS.sub(_joined, side)))]
         for side in (a, b)
@@ -90,8 +93,12 @@ def plain(text: str) -> str:
 
 def split(text: str) -> list[str]:
     """The items of a list, or of a set in braces; `\\pm` makes two items."""
-    choices = _CHOICES.fullmatch(text)
-    inner = choices[1] if choices else text
+    wrapped = _TEXT.fullmatch(text)
+    if wrapped and not re.search(r"\d", wrapped[1]):  # \text{Alice and Bob}
+        names = [name for name in re.split(r"\s*(?:,|&|\band\b|\bor\b)\s*", wrapped[1]) if name]
+        names = [re.sub(r"^\(([A-Z])\)$", r"\1", name) for name in names]
+        return [rf"\text{{{name}}}" for name in names] if len(names) > 1 else [text]
+    inner = text
     if re.match(r"\\\{|\\lbrace", text) and _end(text) == len(text):
         if re.search(r"\\n?mid|:|\|", text):
             return [text]
@@ -108,7 +115,12 @@ def _parts_of_one(item: str) -> list[str]:
     sides, signs = _cut(item, _SIGN)
     if signs == ["="]:
         names, values = map(_elements, sides)
-        if names and values and len(names[1]) == len(values[1]) > 1 and all(map(_is_name, names[1])):
+        if (
+            names
+            and values
+            and len(names[1]) == len(values[1]) > 1
+            and all(map(_is_name, names[1]))
+        ):
             return [f"{name}={value}" for name, value in zip(names[1], values[1], strict=True)]
     pieces = [piece.strip() for piece in re.split(r"(?<=\})\s*(?=\d)", item)]
     return pieces if len(pieces) > 1 and all(map(take_unit, pieces)) else [item]
@@ -156,6 +168,11 @@ def _end(text: str) -> int:
         if depth == 0:
             return token.end()
     return -1
+
+
+def _is_inequality(text: str) -> bool:
+    signs = _cut(text, _SIGN)[1]
+    return bool(signs) and "=" not in signs
 
 
 def _joined(match: re.Match) -> str:
@@ -226,9 +243,10 @@ def _same_one_and_list(one: str, items: list[str]) -> Verdict:
         if len(inner[1]) != len(items):
             return False
         return _all(map(_same_item, items, inner[1])) if inner[0] in ("()", "[]") else False
-    all_signs = [_cut(item, _SIGN)[1] for item in items]
-    if all(s and "=" not in s for s in all_signs):  # x < -1 or x > 1
-        return same_inequality(items, [one])
+    if signs == ["="] and not _is_name(sides[0]):
+        return None  # an equation, whose solutions the items may be
+    if all(map(_is_wordy, items)) and plain(one) in map(plain, items):
+        return False  # one of several names
     if any(_is_wordy(x) or "dots" in x for x in (one, *items)) or re.search(
         r"\\mid|\\cup|\\in\b", one
     ):

@@ -61,9 +61,9 @@ def _none_if_it_fails(compare: Callable) -> Callable:
     the exception, the known pairs of judge.py tell.)"""
 
     @wraps(compare)
-    def compared(*sides: Any) -> Verdict:
+    def compared(*sides: Any, **how: str) -> Verdict:
         try:
-            return compare(*sides)
+            return compare(*sides, **how)
         except Exception:
             return None
 
@@ -133,9 +133,10 @@ def same_equation(given: tuple[str, str], expected: tuple[str, str]) -> Verdict:
 
 
 @_none_if_it_fails
-def same_inequality(given: list[str], expected: list[str]) -> Verdict:
-    """Of relations other than equations and of sets; those of a list are joined by "or"."""
-    from sympy import Expr, Union
+def same_inequality(given: list[str], expected: list[str], joined_by: str = "or") -> Verdict:
+    """Of relations other than equations and of sets. Those of a list are joined by "or" or "and",
+    which may mean "or" where nothing is both."""
+    from sympy import Expr, Intersection, Tuple, Union
     from sympy.core.relational import Relational
 
     sides = [[read(text) for text in side] for side in (given, expected)]
@@ -159,7 +160,14 @@ def same_inequality(given: list[str], expected: list[str]) -> Verdict:
     sets = [[_solutions(x) for x in side] for side in sides]
     if any(x is None for side in sets for x in side):
         return None
-    one, other = (side[0] if len(side) == 1 else Union(*side) for side in sets)
+    if any(isinstance(x, Tuple) for side in sets for x in side):
+        return None
+    one, other = (
+        Intersection(*side)
+        if joined_by == "and" and Intersection(*side).is_empty is not True
+        else Union(*side)
+        for side in sets
+    )
     if one.is_empty or other.is_empty:
         return None
     return _by_math_verify(one, other)

@@ -60,7 +60,7 @@ billion: 1000000000 #
 trillion: 1000000000000 #
 dozen: 12 #
 """
-_FILLERS = {"a", "an", "the", "of", "in", "total"}
+_FILLERS = {"a", "an", "the", "of", "total"}
 _SQUARE = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 
 

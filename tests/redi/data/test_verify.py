@@ -47,6 +47,10 @@ from redi.errors import RediError
         ("A: 1, B: 2", None),
         (r"maybe \boxed{4}, no: \boxed{5", None),
         (r"\boxed{4} #### \boxed{5", None),
+        (r"\boxed{4} and \boxed{5}", "4, 5"),
+        (r"\boxed{4}</think>So \boxed{5}", "5"),
+        (r"\boxed{4}</think>It is 5.", None),
+        ("<answer>5</answer>", "5"),
         ("It is 5.", None),
         ("", None),
     ],
@@ -91,6 +95,7 @@ def test_an_expected_answer_may_be_a_whole_solution(monkeypatch, answer):
         ("50%", "0.5", None),
         ("1,23", "123", None),
         ("12,34", "1234", None),
+        ("12, 345", "12345", None),
         ("1/2", "0.5", None),
         ("0.333333", "0.3333333", "correct"),
         ("0.3333334", "0.3333333", "wrong"),
@@ -319,6 +324,13 @@ def until(condition, seconds=30.0):
 def test_worker_that_does_not_start_is_reported(hostile):
     (hostile / "hostile.py").write_text("raise ImportError('no sympy here')")
     with pytest.raises(RediError, match=r"(?s)did not start: .*no sympy here"):
+        verify(["x"], ["a"])
+
+
+def test_worker_that_cannot_be_trusted_does_not_start(hostile):
+    script = hostile / "hostile.py"
+    script.write_text(script.read_text().replace("serve(judge)", "serve(judge, lambda: 'no good')"))
+    with pytest.raises(RediError, match="no good"):
         verify(["x"], ["a"])
 
 
