@@ -1,12 +1,12 @@
-"""The grader against labels that it had no part in: right ones refused and wrong ones accepted, apart.
+"""The grader against labels that it had no part in: false accepts and false refusals, apart.
 
     python bench/grader.py                                              tests' table of answers
     python bench/grader.py --pairs FILE.tsv                             other pairs with verdicts
     python bench/grader.py --solutions example_model_solutions.jsonl    GSM8K's labelled solutions
     python bench/grader.py --benchmarks FOLDER                          benchmarks' own answers
 
-Pairs: a header, then gold, text that ends in an answer, right verdict, ..., label's source, with tabs
-between; U+240A is a line break; what is marked "arguable" is counted apart.
+Pairs: a header, then gold, text that ends in an answer, right verdict, ..., label's source, with
+tabs between; U+240A is a line break; what is marked "arguable" is counted apart.
 Solutions: OpenAI's `example_model_solutions.jsonl` (github.com/openai/grade-school-math): four
 models' solutions to 1,319 problems, each with `is_correct`.
 Benchmarks: every answer is graded against itself, written otherwise where that is possible (\\dfrac
@@ -64,13 +64,11 @@ def report(name: str, items: list[Item], verdicts: list, seconds: float, show: i
     unread = sum(n for (_, verdict), n in counts.items() if verdict not in ("correct", "wrong"))
     accepted, refused = counts["wrong", "correct"], counts["correct", "wrong"]
     print(f"{name}: {agree} of {len(items)} verdicts are right ({agree / len(items):.1%})")
-    print(
-        f"  wrong ones accepted: {accepted} of {wrong}; right ones called wrong: {refused} of {right}"
-    )
-    print(f"  unparsable or timeout: {unread} ({unread / len(items):.1%}), of right ones ", end="")
-    print(
-        f"{right - refused - counts['correct', 'correct']}; {seconds / len(items) * 1e3:.2f} ms of CPU each"
-    )
+    missed = right - refused - counts["correct", "correct"]
+    print(f"  wrong ones accepted: {accepted} of {wrong}")
+    print(f"  right ones called wrong: {refused} of {right}")
+    print(f"  unparsable or timeout: {unread} ({unread / len(items):.1%}); {missed} of them right")
+    print(f"  {seconds / len(items) * 1e3:.2f} ms of CPU each, with the starts of workers")
     differing = [
         (item, v)
         for item, v in zip(items, verdicts, strict=True)

@@ -1,4 +1,4 @@
-r"""Formulas, read whole by math-verify's grammar (latex2sympy2_extended) and compared by their values.
+r"""Formulas, read whole by math-verify's grammar (latex2sympy2_extended), compared by value.
 
 Two expressions are equal if they have the same value at a dozen points wherever both are real:
 \ln x^2 is 2 \ln x, \sqrt{x^2} is not x. Two equations are equal if one is a multiple of the other,
@@ -24,7 +24,7 @@ _MIN_POINTS = 3  # at which both sides must have a value before they are called 
 
 @lru_cache(maxsize=64)
 def read(text: str) -> Any:
-    """`text` as a sympy object with real symbols, or None if the grammar does not read all of it."""
+    """`text` as a sympy object with real symbols; None if the grammar does not read all of it."""
     from latex2sympy2_extended.latex2sympy2 import (
         ConversionConfig,
         NormalizationConfig,
@@ -229,7 +229,8 @@ def _same_expression(a: Any, b: Any) -> Verdict:
         x, y = _value(a, point), _value(b, point)
         if x is None or y is None or not (is_complex or (x.is_real and y.is_real)):
             continue
-        if abs(x - y) > (tolerance or 1e-18) * max(abs(x), abs(y), 1e-12):
+        size = max(abs(x), abs(y))
+        if abs(x - y) > (tolerance * size if tolerance else max(1e-18 * size, 1e-27)):
             return False
         compared += 1
     return True if compared >= _MIN_POINTS else None
@@ -292,7 +293,7 @@ def _ratio(a: Any, b: Any, is_allowed: Callable[[Any], bool]) -> bool:
 
 def _same_solutions(a: Any, b: Any) -> Verdict:
     """Of a = 0 and b = 0, real or complex; None if they have none or cannot be solved."""
-    from sympy import Poly, Symbol, factor_list, solve
+    from sympy import Symbol, factor_list, solve
 
     if a.free_symbols != b.free_symbols:
         return False
@@ -300,11 +301,8 @@ def _same_solutions(a: Any, b: Any) -> Verdict:
     names = sorted(a.free_symbols, key=str)
     try:
         if all(x.is_polynomial(*names) for x in (a, b)):
-            parts = [
-                Poly(1, *names).mul(_product(factor_list(x, *names)[1], names)).as_expr()
-                for x in (a, b)
-            ]
-            return _ratio(*parts, lambda value: True)
+            first, second = (_product(factor_list(x, *names)[1], names) for x in (a, b))
+            return _ratio(first, second, lambda value: True)
         if len(names) > 1:
             return None
         found = [[s.evalf(20) for s in islice(solve(x, names[0]), 50)] for x in (a, b)]
@@ -320,9 +318,10 @@ def _same_solutions(a: Any, b: Any) -> Verdict:
 
 
 def _product(factors: list, names: list) -> Any:
+    """Of the factors, each once: x^2 = 0 has the solutions of x = 0."""
     from sympy import Poly
 
     product = Poly(1, *names)
     for factor, _ in factors:
         product = product.mul(Poly(factor, *names))
-    return product
+    return product.as_expr()

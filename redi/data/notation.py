@@ -25,11 +25,19 @@ _DEGREES = re.compile(
 )
 _CALL = re.compile(r"(?:\\sqrt(?:\[\d\])?|\\frac(?:\{[^{}]*\})?|\^)\s*\(")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)\b")
-_FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|cbrt|min|max|gcd|lcm"
+_FUNCTIONS = (
+    "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|cbrt|min|max"
+    "|gcd|lcm"
+)
 _LETTERS = (
     "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|omega|pi|infinity|infty|inf"
 )
-_NUMERALS = dict(zip("two three four five six seven eight nine ten".split(), range(2, 11)))
+_NUMERALS = {
+    name: 2 + k
+    for k, name in enumerate(
+        ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    )
+}
 _FONTS = (
     "bf|it|rm|sf|tt|bfseries|itshape|tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE"
     "|huge|Huge|displaystyle|textstyle|limits|nolimits|left\\.|right\\.|[bB]igg?[lrm]?"

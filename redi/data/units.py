@@ -1,4 +1,4 @@
-r"""Quantities: a value and a unit, such as `5 \text{ km/h}`, `12 cm^2`, `\$3`, `9 \text{ apples}`."""
+r"""Quantities: a value and a unit: `5 \text{ km/h}`, `12 cm^2`, `\$3`, `9 \text{ apples}`."""
 
 import re
 from collections import Counter
@@ -9,7 +9,8 @@ MAX_LENGTH = 100  # of a unit
 _WRAP = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*"
 _GAP = r"(?:\\?[ ,;:!~]|\\q?quad(?![a-z]))*"
 _POWER = r"(?:\s*\^\s*(?:-?\d|\{\s*-?\d\s*\}))?"
-_PART = rf"(?:{_WRAP}\{{[^{{}}]*\}}{_POWER}|(?:\\cdot|/|\\times)(?!\s*\d)|[a-zA-Z]+(?![a-zA-Z])\.?{_POWER})"
+_BARE = rf"[a-zA-Z]+(?![a-zA-Z])\.?{_POWER}"  # a whole word: else a long one has too many splits
+_PART = rf"(?:{_WRAP}\{{[^{{}}]*\}}{_POWER}|(?:\\cdot|/|\\times)(?!\s*\d)|{_BARE})"
 _TAIL = re.compile(rf"(?:{_GAP}{_PART})+{_GAP}")
 _WORDS = re.compile(r"[a-zA-Zμ]+|/|\^-?\d|-?\d")
 # A line: names, what one is in the units before it.

@@ -211,8 +211,8 @@ def test_bad_workers_lose_only_their_own_item(hostile, num_workers, monkeypatch)
     answers = ["a", "die once", "b", "hang", "die twice", "c", "noise", "d"]
     processes, start = [], verify_module._Worker.__init__
 
-    def noted(worker, *args):
-        start(worker, *args)
+    def noted(worker, *args, **kwargs):
+        start(worker, *args, **kwargs)
         processes.append(worker._process)
 
     monkeypatch.setattr(verify_module._Worker, "__init__", noted)
