@@ -112,6 +112,12 @@ def _spoken(text: str) -> str:
     return _EMPTY_BOX.sub("", text) if "\\" in text else text
 
 
+def without_opening(text: str) -> str:
+    """`text` without the mark that opens its thoughts: if they do not end, all of it is judged."""
+    opening = _THOUGHTS.match(text)
+    return text[opening.end() :] if opening else text
+
+
 def quick_verdict(given: str, expected: str) -> Verdict | None:
     """The verdict where no algebra is needed: the same text, or two plain numbers; else None.
 

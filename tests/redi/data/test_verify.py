@@ -261,7 +261,9 @@ def test_workers_start_together(hostile, monkeypatch):
 
     def noted(name):
         method = getattr(kind, name)
-        monkeypatch.setattr(kind, name, lambda *args: events.append(name) or method(*args))
+        monkeypatch.setattr(
+            kind, name, lambda *args, **how: events.append(name) or method(*args, **how)
+        )
 
     noted("__init__")
     noted("wait_until_ready")
