@@ -10,9 +10,10 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-from redi.data.formula import same_equation, same_formula, same_inequality
-from redi.data.pieces import SIGN, SPACE, TEXT, WORD, cut, elements, is_name, plain, split, trim
+from redi.data.formula import may_be_interval, same_equation, same_formula, same_inequality
+from redi.data.pieces import SIGN, SPACE, cut, elements, is_name, plain, split, trim
 from redi.data.units import ONE, scaled, take_unit
+from redi.data.words import is_wordy, same_words
 
 Verdict = bool | None
 
@@ -25,10 +26,12 @@ _MODULUS = re.compile(
     re.S,
 )
 _BUILDER = re.compile(r"\\\{(.*?)(?:\\mid|:|\|)(.*)\\\}", re.S)
-_NUMERAL = re.compile(
-    "none|nothing|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|half|third"
-    "|quarter|dozen|hundred|thousand|million|infinite|infinity|undefined"
+# A figure and its name: the letters are no factors, and have an order.
+_FIGURE = re.compile(
+    r"(\\(?:angle|triangle|overline|widehat|overarc|odot|bigtriangleup|square|parallelogram)|(?=[A-Z]{3}))"
+    r"\s*\{?\s*([A-Z]+)\s*\}?"
 )
+_CLOCK = re.compile(r"\d{1,2}:[0-5]\d")
 _FUNCTION = re.compile(r"\s*([a-zA-Z])\s*\(\s*([a-zA-Z])\s*\)\s*")
 
 
@@ -121,6 +124,10 @@ def _same_one_and_list(one: str, items: list[str]) -> Verdict:
         inside = split(trim(sides[1]))  # (m, n) \in \{(1, 1), (3, 2)\}
         if len(inside) > 1:
             return _same_lists(inside, items)
+    if all(_same_item(one, item) for item in items):  # 60^\circ or \frac{\pi}{3}
+        return True if len(set(map(plain, items))) > 1 else None
+    if re.fullmatch("[A-Z]+", one) and all(re.fullmatch("[A-Z]", item) for item in items):
+        return sorted(one) == sorted(items)  # several choices, ABD
     inner = elements(_value_of(one))
     if inner is not None and len(inner[1]) > 1:
         if len(inner[1]) != len(items):
@@ -128,9 +135,9 @@ def _same_one_and_list(one: str, items: list[str]) -> Verdict:
         return _all(map(_same_item, items, inner[1])) if inner[0] in ("()", "[]") else False
     if signs == ["="] and not is_name(sides[0]):
         return None  # an equation, whose solutions the items may be
-    if all(map(_is_wordy, items)) and plain(one) in map(plain, items):
+    if all(map(is_wordy, items)) and plain(one) in map(plain, items):
         return False  # one of several names
-    if any(_is_wordy(x) or "dots" in x for x in (one, *items)) or re.search(
+    if any(is_wordy(x) and not take_unit(x) or "dots" in x for x in (one, *items)) or re.search(
         r"\\mid|\\cup|\\in\b", one
     ):
         return None
@@ -195,7 +202,10 @@ def _same_item(a: str, b: str) -> Verdict:
     a, b = trim(a), trim(b)
     if plain(a) == plain(b):
         return True
-    in_words = _same_words(a, b)
+    figures = [_FIGURE.fullmatch(text) for text in (a, b)]
+    if figures[0] and figures[1] and figures[0][1] == figures[1][1]:
+        return None if sorted(figures[0][2]) == sorted(figures[1][2]) else False
+    in_words = same_words(a, b, same)
     if in_words != "no words":
         return in_words
     set_a, set_b = _BUILDER.fullmatch(a), _BUILDER.fullmatch(b)
@@ -213,11 +223,18 @@ def _same_item(a: str, b: str) -> Verdict:
     factors, others = (cut(text, _TIMES)[0] for text in (a, b))
     if len(factors) == len(others) > 1 and any(map(take_unit, factors + others)):
         return _match(factors, others, _same_item)  # 20 ft x 35 ft
-    in_a, in_b = elements(a), elements(b)
+    if _CLOCK.fullmatch(a) and _CLOCK.fullmatch(b):  # 7:20 and 14:40: as ratios only
+        return None if same_formula(a, b) else False
+    in_a, in_b = elements(_without_name(a, b)), elements(_without_name(b, a))
     if in_a and in_b:
         return _same_brackets(a, b, in_a, in_b)
     quantity = _same_quantity(a, b)
     return same_formula(a, b) if quantity == "no unit" else quantity
+
+
+def _without_name(text: str, other: str) -> str:
+    """P(3, -4) as (3, -4), where the other side has no name."""
+    return text[1:].strip() if re.match(r"[A-Z]\s*\(", text) and elements(other) else text
 
 
 def _same_brackets(a: str, b: str, in_a: tuple, in_b: tuple) -> Verdict:
@@ -227,61 +244,9 @@ def _same_brackets(a: str, b: str, in_a: tuple, in_b: tuple) -> Verdict:
     if len(items_a) != len(items_b):
         return False
     verdict = _all(map(same, items_a, items_b))
-    return verdict if kind_a == kind_b or len(items_a) > 2 else False
-
-
-def _is_wordy(text: str) -> bool:
-    return bool(_words(text))
-
-
-def _words(text: str) -> list[str]:
-    """Words, which are not the names of functions; inside \\text{} a letter is a word too."""
-    found = [w for m in TEXT.finditer(text) for w in re.findall(r"[^\W\d_]+", m[1])]
-    bare = re.sub(r"\\(?:begin|end)\{\w+\*?\}", " ", TEXT.sub(" ", text))
-    found += [m[0] for m in WORD.finditer(bare) if re.search("[aeiouy]|[^\x00-\x7f]", m[0].lower())]
-    return found
-
-
-def _same_words(a: str, b: str) -> Verdict | Literal["no words"]:
-    """Two texts of words alone, or words and formulas in the same order."""
-    for text in (a, b):
-        if take_unit(text) or not _is_wordy(text):
-            continue
-        break
-    else:
-        return "no words"
-    if all(len(_words(x)) == 1 == len(TEXT.sub(r"\1", x).strip()) for x in (a, b)):
-        return "no words"
-    if "\\begin" in a + b:
-        return None
-    parts = [_parts(text) for text in (a, b)]
-    if [p for p, is_word in parts[0] if is_word] == [p for p, is_word in parts[1] if is_word]:
-        shape = [[is_word for _, is_word in side] for side in parts]
-        if shape[0] != shape[1]:
-            return None
-        return _all(same(x, y) for (x, is_word), (y, _) in zip(*parts, strict=True) if not is_word)
-    only_words = [all(is_word for _, is_word in side) for side in parts]
-    if all(only_words) and all(len(side) <= 2 for side in parts):
-        letters = [sorted("".join(p for p, _ in side)) for side in parts]
-        return None if letters[0] == letters[1] else False
-    if only_words[0] and len(parts[0]) == 1 and re.fullmatch(r"-?[\d.,]+", plain(b)):
-        return None if _NUMERAL.fullmatch(parts[0][0][0]) else False
-    if (_is_wordy(a) and _is_wordy(b)) or any(only_words):
-        return None
-    return "no words" if all(len(w) == 1 for x in (a, b) for w in _words(x)) else None
-
-
-def _parts(text: str) -> list[tuple[str, bool]]:
-    """Words and formulas in turn."""
-    marked = TEXT.sub(lambda m: re.sub(r"[^\W\d_]+", lambda w: f"\x01{w[0]}\x02", m[1]), text)
-    marked = re.sub(rf"(?<!\x01)(?:{WORD.pattern})", lambda w: f"\x01{w[0]}\x02", marked)
-    parts = []
-    for piece in re.split("(\x01[^\x02]*\x02)", marked):
-        if piece.startswith("\x01"):
-            parts.append((piece[1:-1].lower(), True))
-        elif trim(piece).strip(" -.,:;()"):
-            parts.append((piece, False))
-    return parts
+    if kind_a == kind_b or len(items_a) > 2 or not (may_be_interval(a) or may_be_interval(b)):
+        return verdict
+    return False
 
 
 def _same_congruence(a: re.Match, b: re.Match) -> Verdict:
@@ -321,11 +286,14 @@ def _same_relation(a: str, b: str, in_a: tuple, in_b: tuple) -> Verdict:
                 return True
             if len(each) == 3 and each[1] and None not in each:
                 return False
+            if len(signs) == 2 and sorted(map(plain, sides)) == sorted(map(plain, sides_b)):
+                return False  # the same things in another order
             is_other_side = signs == ["="] and each[1] and not each[0]
             if each.count(False) == 1 and None not in each and not is_other_side:
                 return False  # the same thing is not below 3 and below 4, nor is it 5 and 6
             if is_other_side and is_name(sides[0]) and is_name(sides_b[0]):
-                return None  # f(x) = 2x, y = 2x
+                is_function = {plain(sides[0]), plain(sides_b[0])} == {"y", "f(x)"}
+                return True if is_function else None
     elif len(signs_a) == len(signs_b) and _all(map(same, sides_a, sides_b)):
         return False  # the same sides, and another sign
     if signs_a == signs_b == ["="]:

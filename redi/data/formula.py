@@ -56,6 +56,13 @@ def read(text: str) -> Any:
         return None
 
 
+def may_be_interval(text: str) -> bool:
+    """(1, -2) is none, nor [1, -2]."""
+    from sympy import Tuple
+
+    return not isinstance(read(text), Tuple)
+
+
 def _none_if_it_fails(compare: Callable) -> Callable:
     """sympy raises errors of many kinds where it cannot compare. (Whether that is the rule and not
     the exception, the known pairs of judge.py tell.)"""
@@ -223,6 +230,9 @@ def _same_expression(a: Any, b: Any) -> Verdict:
     tolerance = 5e-6 if a.has(Float) or b.has(Float) else None
     if not (a.free_symbols or b.free_symbols):
         return _same_number(a, b, tolerance)
+    # f(2) may be any number, beside an answer that does not speak of f.
+    calls_a, calls_b = ({s.name for s in x.free_symbols if "(" in s.name} for x in (a, b))
+    differ = False if bool(calls_a) == bool(calls_b) else None
     is_complex = a.has(I) or b.has(I)
     compared = 0
     for point in _points(a.free_symbols | b.free_symbols):
@@ -231,7 +241,7 @@ def _same_expression(a: Any, b: Any) -> Verdict:
             continue
         size = max(abs(x), abs(y))
         if abs(x - y) > (tolerance * size if tolerance else max(1e-18 * size, 1e-27)):
-            return False
+            return differ
         compared += 1
     return True if compared >= _MIN_POINTS else None
 

@@ -12,16 +12,22 @@ from math import gcd
 from typing import Any
 
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _SYMBOLS = {
     **{"π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ", "·": r"\cdot ", "∪": r"\cup "},
     **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}"},
+    **{"±": r"\pm ", "∓": r"\mp ", "∈": r"\in ", "≈": r"\approx ", "…": r"\ldots ", "–": "-"},
+    **{chr(0xFEE0 + code): chr(code) for code in range(ord("!"), ord("~") + 1)},  # full width
     **dict.fromkeys("\u00ad\u200b\u200c\u200d\u2060\ufeff€£¥₹", ""),  # invisible, and currencies
     **dict.fromkeys("\u00a0\u2009\u202f", " "),
 }
 _TRANSLATION = str.maketrans(_SYMBOLS)
 _REPEATING = re.compile(r"(?<!\d)(\d+)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))")
+_GOES_ON = re.compile(  # 0.1666...
+    r"(?<![\d.])(\d{1,20})\.(\d{0,20}?)(\d{1,8}?)\3{2,20}\d{0,8}\s*(?:\.{3}|\\l?dots(?![a-z]))"
+)
 _DEGREES = re.compile(
-    r"(?<!\d)(\d+(?:\.\d+)?)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})(?!\s*\\(?:mathrm|text))"
+    r"(?<!\d)(\d+(?:\.\d+)?)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})(?!\s*\\(?:mathrm|text)\s*\{?\s*[CF])"
 )
 _CALL = re.compile(r"(?:\\sqrt(?:\[\d\])?|\\frac(?:\{[^{}]*\})?|\^)\s*\(")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)\b")
@@ -46,6 +52,7 @@ _RULES: list[tuple[re.Pattern, Any]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}"),
+        (r"[₀₁₂₃₄₅₆₇₈₉]+", lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}"),
         (r"√\s*(\d+|[a-zA-Z])", r"\\sqrt{\1}"),
         (r"√", r"\\sqrt "),
         (r"(?<=\d),\\!\s*(?=\d{3})|(?<=\d)\{,\}(?=\d{3})", ","),
@@ -88,6 +95,18 @@ _RULES: list[tuple[re.Pattern, Any]] = [
             rf"_\{{\\text\s*\{{\s*({'|'.join(_NUMERALS)})\s*\}}\}}",
             lambda m: f"_{{{_NUMERALS[m[1]]}}}",
         ),
+        (r"(?<=\d)\s*(?:\\text\{\s*)?(?<![a-z])to(?:\s*\})?\s*(?=\d)", ":"),
+        (r"(?<=\d)\s*(?:\\text\{\s*)?(?<![a-z])out of(?:\s*\})?\s*(?=\d)", "/"),
+        (r"(?<![a-z])([apAP])\.\s?([mM])\.", r"\1\2"),
+        (
+            r"\\(?:text|mathrm)\s*\{\s*(?:the set of )?all real(?:s| numbers)\s*\}"
+            r"|(?<![a-z])all real(?:s| numbers)(?![a-z])",
+            r"\\mathbb{R}",
+        ),
+        (  # {}_5C_2
+            r"(?:\{\}|(?<![\w})]))[_^]\{?(\d+)\}?\s*(?:\\(?:mathrm|text)\{([CP])\}|([CP]))_\{?(\d+)\}?",
+            lambda m: _count(m[2] or m[3], int(m[1]), int(m[4])) or m[0],
+        ),
         (  # C_5^2 and A_5^2: combinations and arrangements
             r"(?:\\(?:mathrm|text)\{([CAP])\}|\b([CAP]))_\{?(\d+)\}?\^\{?(\d+)\}?",
             lambda m: _count(m[1] or m[2], int(m[3]), int(m[4])) or m[0],
@@ -101,6 +120,9 @@ _LETTER = re.compile(r"\(?([A-Z])\)?")
 _CHOICE = re.compile(r"\(([A-Z])\)|([A-Z])[.:)]")
 _NEXT_CHOICE = re.compile(rf"(?:[,;&/)]|\b(?:and|or)\b|\\quad)[\s\\~]*(?:{_CHOICE.pattern})")
 _COLUMN = re.compile(r"\\begin\{([pb]?)matrix\}([^&]+)\\end\{\1matrix\}")
+_TURNED = re.compile(r"([\[\]])([^\[\]]*,[^\[\]]*)([\[\]])")  # ]0, 1[
+_ANGLED = re.compile(r"<([^<>]*,[^<>]*)>")
+_CALLED = re.compile(r"([CP])\s*\(\s*(\d{1,3})\s*,\s*(\d{1,3})\s*\)")
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{")
 
 
@@ -110,6 +132,7 @@ def rewrite(text: str) -> str:
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
     text = _brace(text)
+    text = _GOES_ON.sub(r"\1.\2\\overline{\3}", text)
     text = _REPEATING.sub(_close_repeating, text)
     if _TRIGONOMETRIC.search(text):
         text = _DEGREES.sub(r"\\frac{\1\\pi}{180}", text)
@@ -129,6 +152,15 @@ def align(given: str, expected: str) -> tuple[str, str] | None:
         return min(named, default=given), letters[0][1]
     if letters[1] and len(named := _choices(unwrap(expected))) == 1:
         return letters[1][1], min(named)
+    if bool(_content(given)) != bool(_content(expected)):  # (C) 18, and 18
+        given, expected = (_content(text) or text for text in (given, expected))
+    if bool(_CALLED.search(given)) != bool(_CALLED.search(expected)) and not all(
+        re.search(r"\(.*,", text) for text in (given, expected)
+    ):
+        given, expected = (
+            _CALLED.sub(lambda m: _count(m[1], int(m[2]), int(m[3])) or m[0], text)
+            for text in (given, expected)
+        )
     if (r"\pi" in given) != (r"\pi" in expected):
         given, expected = (_DEGREES.sub(r"\\frac{\1\\pi}{180}", x) for x in (given, expected))
     if (r"\ln" in given) != (r"\ln" in expected):
@@ -156,6 +188,13 @@ def unwrap(text: str) -> str:
     return _WRAPPED.sub("", text).replace("}", "") if _WRAPPED.search(text) else text
 
 
+def _content(text: str) -> str:
+    """What stands behind the letter of a choice: 18 of `\\textbf{(C)}\\ 18`."""
+    text = unwrap(text)
+    choice = re.match(r"\([A-Z]\)(?:[\s~:]|\\[ ,;:!]|\\q?quad)+", text)
+    return text[choice.end() :].strip() if choice and len(_choices(text)) == 1 else ""
+
+
 def _choices(text: str) -> set[str]:
     """The letters named by an answer that begins with a choice, all in the manner of the first."""
     first = _CHOICE.match(text)
@@ -172,6 +211,10 @@ def _standard(text: str) -> str:
         a, first, b, second, c = chain
         first, second = ("<" if sign == ">" else r"\le" for sign in (first, second))
         return f"{c} {second} {b} {first} {a}"
+    turned = _TURNED.fullmatch(text)
+    if turned and (turned[1] == "]" or turned[3] == "["):
+        text = f"{'[' if turned[1] == '[' else '('}{turned[2]}{']' if turned[3] == ']' else ')'}"
+    text = _ANGLED.sub(r"(\1)", text)
     if _RATIO.fullmatch(text):
         terms = [int(term) for term in text.split(":")]
         return f"({', '.join(str(term // (gcd(*terms) or 1)) for term in terms)})"
@@ -198,7 +241,7 @@ def _brace(text: str) -> str:
 def _count(letter: str, n: int, k: int) -> str:
     if not 0 < k <= n:
         return ""
-    return rf"\\binom{{{n}}}{{{k}}}" + ("" if letter == "C" else rf" \\cdot {k}!")
+    return rf"\binom{{{n}}}{{{k}}}" + ("" if letter == "C" else rf" \cdot {k}!")
 
 
 def _spell_fraction(character: str) -> str:

@@ -14,7 +14,11 @@ SIGN = re.compile(
     r"\\(?:le|ge|ne|approx|equiv|in|notin|n?mid|parallel|perp|subseteq|subset|cong|to)(?![a-zA-Z])"
     r"|[=<>]"
 )
-_PHRASE = re.compile(r"^(?:\\text\s*\{)?\s*(?:the )?(?:final )?answer is:?\s*\}?", re.I)
+_PHRASE = re.compile(  # what may stand before an answer and says nothing
+    r"^(\\text\s*\{)?\s*(?:(?:the )?(?:final )?answer is:?|exactly|about|approximately|roughly|only"
+    r"|(?:option|choice)(?=[\s({\\]*[A-Z][\s)}.]*$)|(?-i:an?|the)(?=\s(?!and\b|or\b)[a-z]{3}))(?![a-z])\s*",
+    re.I,
+)
 TEXT = re.compile(
     r"\\(?:text|textrm|mathrm|mbox|operatorname|textnormal|textbf|textit)\s*\{([^{}]*)\}"
 )
@@ -30,7 +34,8 @@ def trim(text: str) -> str:
     before = None
     while text != before:
         before, text = text, text.strip().rstrip(',;:`*"✓✔').lstrip(':`*"')
-        text = _PHRASE.sub("", text)
+        text = _PHRASE.sub(lambda m: m[1] or "", text)
+        text = re.sub(r"^\\text\s*\{\s*\}", "", text)
         text = re.sub(
             r"^(?:\\[ ,;:!]|\\displaystyle(?![a-zA-Z])|['=]|\\approx(?![a-zA-Z]))+", "", text
         )
@@ -53,7 +58,9 @@ def plain(text: str) -> str:
 def split(text: str) -> list[str]:
     """The items of a list, or of a set in braces; `\\pm` makes two items."""
     wrapped = TEXT.fullmatch(text)
-    if wrapped and not re.search(r"\d", wrapped[1]):  # \text{Alice and Bob}
+    if wrapped and re.search(r"\d", wrapped[1]):  # \text{July 4, 1776}
+        text = wrapped[1]
+    elif wrapped:  # \text{Alice and Bob}
         names = [name for name in re.split(r"\s*(?:,|&|\band\b|\bor\b)\s*", wrapped[1]) if name]
         names = [re.sub(r"^\(([A-Z])\)$", r"\1", name) for name in names]
         return [rf"\text{{{name}}}" for name in names] if len(names) > 1 else [text]

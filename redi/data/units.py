@@ -16,9 +16,9 @@ _WORDS = re.compile(r"[a-zA-Zμ]+|/|\^-?\d|-?\d")
 # A line: names, what one is in the units before it.
 _TABLE = """
 m meter metre
-cm centimeter centimetre: 1/100 m
-mm millimeter millimetre: 1/1000 m
-km kilometer kilometre: 1000 m
+cm: 1/100 m
+mm: 1/1000 m
+km: 1000 m
 in inch inche: 127/5000 m
 ft foot feet: 381/1250 m
 yd yard: 1143/1250 m
@@ -38,10 +38,11 @@ lb pound: 45359237/100000000 kg
 dollar USD
 cent: 1/100 dollar
 L l liter litre: 1/1000 m ^3
-mL ml milliliter: 1/1000000 m ^3
+mL ml: 1/1000000 m ^3
 N newton: kg m / s ^2
 J joule: N m
 kJ: 1000 J
+eV
 W watt: J / s
 Pa pascal: N / m ^2
 K kelvin
@@ -61,6 +62,14 @@ billion: 1000000000 #
 trillion: 1000000000000 #
 dozen: 12 #
 """
+# In text, before one of these symbols or names; "2kA" elsewhere is a product.
+_PREFIXES = {
+    **{"G": "giga 9", "M": "mega 6", "k": "kilo 3", "c": "centi -2", "m": "milli -3"},
+    **{"μ": "micro -6", "n": "nano -9", "p": "pico -12", "d": "deci -1"},
+}
+_PREFIXED = set("m g s N J W V A C L l Hz Pa eV mol K".split()) | set(
+    "meter metre gram second newton joule watt volt ampere amp liter litre hertz pascal mole".split()
+)
 _FILLERS = {"a", "an", "the", "of", "total"}
 _SQUARE = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 
@@ -121,10 +130,22 @@ def _add(powers: Counter, unit: Unit, times: int) -> None:
         powers[base] += power * times
 
 
+def _known(word: str) -> Unit | None:
+    names = (word, word.lower(), word.lower().removesuffix("s"))
+    return next((_KNOWN[name] for name in names if name in _KNOWN), None)
+
+
 def _look_up(word: str) -> Unit:
-    for name in (word, word.lower(), word.lower().removesuffix("s")):
-        if name in _KNOWN:
-            return _KNOWN[name]
+    unit = _known(word)
+    if unit:
+        return unit
+    for symbol, meaning in _PREFIXES.items():
+        name, exponent = meaning.split()
+        for prefix in (symbol, name):
+            rest = word.removeprefix(prefix).removesuffix("s")
+            if rest != word and rest in _PREFIXED and (len(rest) > 3) == (prefix == name):
+                unit = _KNOWN[rest]
+                return Unit(unit.powers, unit.size * Fraction(10) ** int(exponent), True)
     base = word.lower()
     base = base.removesuffix("s") if len(base) > 2 else base
     return Unit(frozenset({(base, 1)}), Fraction(1), False)
@@ -149,8 +170,9 @@ _learn()
 
 def take_unit(text: str, *, may_be_letter: bool = False) -> tuple[str, Unit] | None:
     """The value and the unit of `text`, or None if it has no unit (or only a unit)."""
-    if text.startswith("\\$"):
-        return text[2:].strip(), _KNOWN["dollar"]
+    dollars = re.match(r"\\\$|(?:\\(?:text|mathrm)\s*\{\s*)?(?:US\\?\$|USD)\s*\}?\s*(?=[\d.])", text)
+    if dollars:
+        return text[dollars.end() :].strip(), _KNOWN["dollar"]
     degrees = re.fullmatch(
         r"(?s)(.*\S)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*(?:\\(?:text|mathrm)\s*\{)?\s*([CF]?)\}?",
         text,
@@ -179,7 +201,7 @@ def _is_unit(words: str, tail: str, gap: str, value: str, may_be_letter: bool) -
     if re.search(r"[a-zA-Z]\s*$", value) or not re.search(r"\d\}*\s*$|\)\s*$|%\s*$", value):
         return False
     if all(
-        _look_up(n).is_known and (len(n) > 1 or may_be_letter)
+        _known(n) and (len(n) > 1 or may_be_letter)
         for n in names
         if n not in ("per", *_SQUARE)
     ):
