@@ -47,8 +47,7 @@ def same(given: str, expected: str) -> Verdict:
         is_or = re.search(r"(?<![a-z])or(?![a-z])|\\lor|\\vee", a + b)
         return same_inequality(*lists, joined_by="or" if is_or else "and")
     readings = [
-        [split(text) for text in dict.fromkeys((side, _THOUSANDS.sub(_joined, side)))]
-        for side in (a, b)
+        [split(text) for text in dict.fromkeys((side, _without_commas(side)))] for side in (a, b)
     ]
     return _any(_same_lists(x, y) for x in readings[0] for y in readings[1])
 
@@ -71,8 +70,14 @@ def _is_inequality(text: str) -> bool:
     return bool(signs) and "=" not in signs
 
 
-def _joined(match: re.Match) -> str:
-    return match[1] + match[2].replace(",", "")
+def _without_commas(text: str) -> str:
+    """1,000 as 1000; (100,200) is a pair."""
+    bracket = r"[(\[][^()\[\]]*[)\]]"
+    return re.sub(
+        f"{bracket}|{_THOUSANDS.pattern}",
+        lambda m: m[1] + m[2].replace(",", "") if m[1] else m[0],
+        text,
+    )
 
 
 def _any(verdicts: Iterable[Verdict]) -> Verdict:
@@ -137,7 +142,7 @@ def _same_one_and_list(one: str, items: list[str]) -> Verdict:
         return None  # an equation, whose solutions the items may be
     if all(map(is_wordy, items)) and plain(one) in map(plain, items):
         return False  # one of several names
-    if any(is_wordy(x) and not take_unit(x) or "dots" in x for x in (one, *items)) or re.search(
+    if any((is_wordy(x) and not take_unit(x)) or "dots" in x for x in (one, *items)) or re.search(
         r"\\mid|\\cup|\\in\b", one
     ):
         return None
@@ -225,6 +230,10 @@ def _same_item(a: str, b: str) -> Verdict:
         return _match(factors, others, _same_item)  # 20 ft x 35 ft
     if _CLOCK.fullmatch(a) and _CLOCK.fullmatch(b):  # 7:20 and 14:40: as ratios only
         return None if same_formula(a, b) else False
+    builder = set_a or set_b
+    if builder:  # x > 2 beside {x | x > 2}
+        sides = (set_a[2] if set_a else a, set_b[2] if set_b else b)
+        return same(*sides) or None if re.fullmatch(r"\s*[a-zA-Z]\s*", builder[1]) else None
     in_a, in_b = elements(_without_name(a, b)), elements(_without_name(b, a))
     if in_a and in_b:
         return _same_brackets(a, b, in_a, in_b)
@@ -357,11 +366,14 @@ def _same_quantity(a: str, b: str) -> Verdict | Literal["no unit"]:
     value_b, unit_b = in_b or (b, None)
     if not (unit_a and unit_b):
         verdict = same(value_a, value_b)
-        if unit_a and unit_a.is_number:  # 3.5 million, 75 cents
-            return _any([verdict, same(scaled(value_a, unit_a, ONE), value_b)])
-        if unit_b and unit_b.is_number:
-            return _any([verdict, same(value_a, scaled(value_b, unit_b, ONE))])
-        return verdict
+        unit = unit_a or unit_b
+        if not (unit and unit.is_number):
+            return verdict
+        full = same(
+            *(scaled(value, u or ONE, ONE) for value, u in ((value_a, unit_a), (value_b, unit_b)))
+        )
+        # 75 cents are 75 or 0.75; 3.5 beside 3.5 million may count millions, or be wrong
+        return _any([full, verdict if unit.bases else verdict and None])
     if unit_a.powers == unit_b.powers:
         return same(scaled(value_a, unit_a, unit_b), value_b)
     verdict = same(value_a, value_b)

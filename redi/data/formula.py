@@ -37,8 +37,10 @@ def read(text: str) -> Any:
     if not text or _UNREADABLE.search(text):
         return None
     rules = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
-    # The grammar takes a capital I for the imaginary unit: here it is a name, as in I = 5.
+    # The grammar takes a capital I for the imaginary unit, and a gamma, small or capital, for
+    # Euler's constant: here they are names, as in I = 5.
     text = re.sub(r"(?<![\\a-zA-Z{])I(?![a-zA-Z])", r"\\text{I}", normalize_latex(text, rules))
+    text = re.sub(r"\\(?:var)?([gG]amma)(?![a-zA-Z(]|\s*\()", r"\\text{name\1}", text)
     case = ConversionConfig(lowercase_symbols=False)
     try:
         found = latex2sympy(

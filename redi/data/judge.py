@@ -272,7 +272,7 @@ def last_boxes(text: str) -> list[str]:
             continue
         if found and not _is_joined(text[end:after]):
             break
-        found.append(text[box.end() : end - 1].strip())
+        found.append(re.sub(r"(?<!\\)\\\s*$", "", text[box.end() : end - 1]).strip())
         after = box.start()
     return found[::-1]
 

@@ -29,7 +29,15 @@ _GOES_ON = re.compile(  # 0.1666...
 _DEGREES = re.compile(
     r"(?<!\d)(\d+(?:\.\d+)?)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})(?!\s*\\(?:mathrm|text)\s*\{?\s*[CF])"
 )
-_CALL = re.compile(r"(?:\\sqrt(?:\[\d\])?|\\frac(?:\{[^{}]*\})?|\^)\s*\(")
+_CALL = re.compile(
+    r"(?:\\sqrt(?:\[\d\])?|\\frac(?:\{[^{}]*\})?|\^|(?<![a-zA-Z\\])(?P<name>abs|floor|ceil))\s*\("
+)
+_ENCLOSED = {
+    "abs": ("|", "|"),
+    "floor": (r"\lfloor ", r"\rfloor "),
+    "ceil": (r"\lceil ", r"\rceil "),
+    None: ("{", "}"),
+}
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)\b")
 _FUNCTIONS = (
     "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|cbrt|min|max"
@@ -95,6 +103,15 @@ _RULES: list[tuple[re.Pattern, Any]] = [
             rf"_\{{\\text\s*\{{\s*({'|'.join(_NUMERALS)})\s*\}}\}}",
             lambda m: f"_{{{_NUMERALS[m[1]]}}}",
         ),
+        (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r" \\times "),
+        (  # \frac{\mathrm{m}}{\mathrm{s}}, \mathrm{m s^{-1}}
+            r"\\frac\s*\{\s*\\(?:mathrm|text)\{([^{}]*)\}\s*\}\s*\{\s*\\(?:mathrm|text)\{([^{}]*)\}\s*\}",
+            r"\\text{\1/\2}",
+        ),
+        (r"(?<=[a-zA-Z])\^\{(-?\d)\}(?=[^{}$]*\}(?:\^-?\d)?\s*$)", r"^\1"),
+        (r"(?<=\d)(?:\\[ ,;:!]|~|\s)+([kM]?)\\Omega\s*$", r" \\text{ \1ohm}"),
+        (r"(?<=\d)(?:\s+[Rr]\s+|\s*\\text\{\s*[Rr]\.?\s*\}\s*)(?=\d)", r" \\text{ remainder } "),
+        (r"^\s*[nN]/[aA]\s*$", r"\\text{none}"),
         (r"(?<=\d)\s*(?:\\text\{\s*)?(?<![a-z])to(?:\s*\})?\s*(?=\d)", ":"),
         (r"(?<=\d)\s*(?:\\text\{\s*)?(?<![a-z])out of(?:\s*\})?\s*(?=\d)", "/"),
         (r"(?<![a-z])([apAP])\.\s?([mM])\.", r"\1\2"),
@@ -222,7 +239,7 @@ def _standard(text: str) -> str:
 
 
 def _brace(text: str) -> str:
-    r"""`\\sqrt(x)`, `\\frac(1)(2)` and `x^(n)` with braces."""
+    r"""`\sqrt(x)`, `\frac(1)(2)` and `x^(n)` with braces, `abs(x)` with bars."""
     for _ in range(20):
         opening = _CALL.search(text)
         if not opening:
@@ -234,7 +251,9 @@ def _brace(text: str) -> str:
                 break
         else:
             break
-        text = f"{text[:start]}{{{text[start + 1 : end]}}}{text[end + 1 :]}"
+        left, right = _ENCLOSED[opening["name"]]
+        before = text[: opening.start() if opening["name"] else start]
+        text = f"{before}{left}{text[start + 1 : end]}{right}{text[end + 1 :]}"
     return text
 
 

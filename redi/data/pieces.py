@@ -40,16 +40,21 @@ def trim(text: str) -> str:
             r"^(?:\\[ ,;:!]|\\displaystyle(?![a-zA-Z])|['=]|\\approx(?![a-zA-Z]))+", "", text
         )
         text = re.sub(r"(?:\\[ ,;:!]|\\q?quad|~|\\)+$", "", text.strip())
-        text = re.sub(r"(?<!\.)\.$", "", text).strip().strip("$").strip()
+        text = re.sub(r"(?<!\.)(?<!right)\.$", "", text).strip().strip("$").strip()
         if text.startswith("{") and _end(text) == len(text):
             text = text[1:-1]
+        framed = re.fullmatch(
+            r"(?s)\\\[(.*)\\\]|\\\((.*)\\\)|\\(?:text|math)(?:bf|rm|it)\{(\\(?:text|math)\w*\{[^{}]*\})\}",
+            text,
+        )
+        text = framed[framed.lastindex or 0] if framed else text
     return text
 
 
 def plain(text: str) -> str:
     """`text` without white space. Words have no case (Yes is yes); letters have, for M is not m."""
     text = TEXT.sub(lambda m: f" {m[1]} ", text)
-    text = WORD.sub(lambda m: m[0].lower(), text)
+    text = WORD.sub(lambda m: m[0] if re.search("[a-z][A-Z]", m[0]) else m[0].lower(), text)
     text = re.sub(r"(?<=\d),?\s+(?=\d)", "\0", text)  # 3 5/8 is not 35/8
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
     return SPACE.sub("", text).rstrip(".")

@@ -48,6 +48,7 @@ Pa pascal: N / m ^2
 K kelvin
 A ampere amp
 V volt: W / A
+ohm: V / A
 C coulomb: A s
 Hz hertz: / s
 mol mole
@@ -67,9 +68,12 @@ _PREFIXES = {
     **{"G": "giga 9", "M": "mega 6", "k": "kilo 3", "c": "centi -2", "m": "milli -3"},
     **{"μ": "micro -6", "n": "nano -9", "p": "pico -12", "d": "deci -1"},
 }
-_PREFIXED = set("m g s N J W V A C L l Hz Pa eV mol K".split()) | set(
-    "meter metre gram second newton joule watt volt ampere amp liter litre hertz pascal mole".split()
+_PREFIXED = re.compile(
+    "m|g|s|N|J|W|V|A|C|L|l|Hz|Pa|eV|mol|K|ohm|meter|metre|gram|second|newton|joule|watt|volt|ampere"
+    "|amp|liter|litre|hertz|pascal|mole"
 )
+# 5 or more, 5 more than x, 5 if n is odd: these say something about a number.
+_NO_UNIT = re.compile(r"\b(?:or|than|if|not|plus|minus|unless|except)\b", re.I)
 _FILLERS = {"a", "an", "the", "of", "total"}
 _SQUARE = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 
@@ -143,7 +147,7 @@ def _look_up(word: str) -> Unit:
         name, exponent = meaning.split()
         for prefix in (symbol, name):
             rest = word.removeprefix(prefix).removesuffix("s")
-            if rest != word and rest in _PREFIXED and (len(rest) > 3) == (prefix == name):
+            if rest != word and _PREFIXED.fullmatch(rest) and (len(rest) > 3) == (prefix == name):
                 unit = _KNOWN[rest]
                 return Unit(unit.powers, unit.size * Fraction(10) ** int(exponent), True)
     base = word.lower()
@@ -170,7 +174,9 @@ _learn()
 
 def take_unit(text: str, *, may_be_letter: bool = False) -> tuple[str, Unit] | None:
     """The value and the unit of `text`, or None if it has no unit (or only a unit)."""
-    dollars = re.match(r"\\\$|(?:\\(?:text|mathrm)\s*\{\s*)?(?:US\\?\$|USD)\s*\}?\s*(?=[\d.])", text)
+    dollars = re.match(
+        r"\\\$|(?:\\(?:text|mathrm)\s*\{\s*)?(?:US\\?\$|USD)\s*\}?\s*(?=[\d.])", text
+    )
     if dollars:
         return text[dollars.end() :].strip(), _KNOWN["dollar"]
     degrees = re.fullmatch(
@@ -196,12 +202,14 @@ def _is_unit(words: str, tail: str, gap: str, value: str, may_be_letter: bool) -
     names = re.findall(r"[a-zA-Z]+", words)
     if not names or (len(names) == 1 and names[0] in ("i", "e", "j", "pi")):
         return False
+    if _NO_UNIT.search(words):
+        return False
     if re.match(rf"{_GAP}{_WRAP}", tail):
         return not re.fullmatch(r"(?s).*[+\-*=<>/(]\s*", value)
     if re.search(r"[a-zA-Z]\s*$", value) or not re.search(r"\d\}*\s*$|\)\s*$|%\s*$", value):
         return False
     if all(
-        _known(n) and (len(n) > 1 or may_be_letter)
+        _known(n) and (may_be_letter or (len(n) > 1 and (gap or n not in ("mg", "ms"))))
         for n in names
         if n not in ("per", *_SQUARE)
     ):

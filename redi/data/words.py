@@ -1,4 +1,4 @@
-r"""Answers in words: `\text{no solution}`, `\text{Tuesday}`, `5 \text{ if } n \text{ is odd}`, `ten`.
+r"""Answers in words: `\text{Tuesday}`, `5 \text{ if } n \text{ is odd}`, `ten`.
 
 Two words that differ are two answers, but for what may be another form of the same one (plurals,
 articles, the many ways to say that there is nothing): of these we cannot tell.
@@ -24,13 +24,13 @@ _NUMERALS = {
     for number, name in zip(numbers, names.split(), strict=True)
 }
 # These may stand for a number, though we do not know for which.
-_VAGUE = set(
-    "half third quarter dozen million infinite infinity once twice double triple none nothing"
-    " undefined neither".split()
+_VAGUE = re.compile(
+    "half|third|quarter|dozen|million|infinite|infinity|once|twice|double|triple|none|nothing|neither"
+    "|undefined"
 )
-_NOTHING = set(
-    "no none nothing not never neither dne undefined impossible empty cannot zero exist inconsistent"
-    " nonexistent".split()
+_NOTHING = re.compile(
+    "no|none|nothing|not|never|neither|dne|undefined|impossible|empty|cannot|zero|exist|inconsistent"
+    "|nonexistent"
 )
 # Of each line, one excludes the others.
 _APART = [
@@ -94,7 +94,7 @@ def same_words(
         return _word_and_number(words[k], (b, a)[k], is_given=k == 0)
     left_open = _LEFT_OPEN.fullmatch(a)
     if left_open and _NUMBER.fullmatch(plain(b)):
-        is_number = any(w in _NUMERALS or w in _VAGUE for w in words[0])
+        is_number = any(w in _NUMERALS or _VAGUE.fullmatch(w) for w in words[0])
         return None if is_number or left_open[1] == plain(b) else False
     if is_wordy(a) and is_wordy(b):
         return None
@@ -110,10 +110,10 @@ def _differing(a: list[str], b: list[str]) -> Verdict:
     """Two answers in words that are not the same ones."""
     if max(len(a), len(b)) > 2 or sorted("".join(a)) == sorted("".join(b)):
         return None  # sentences; one name written otherwise
-    if _NOTHING.intersection(a) and _NOTHING.intersection(b):
+    if all(any(map(_NOTHING.fullmatch, words)) for words in (a, b)):
         return None
     more, less = (set(a), set(b)) if len(a) > len(b) else (set(b), set(a))
-    if more > less and not _NOTHING & more:  # isosceles, and isosceles triangle
+    if more > less and not any(map(_NOTHING.fullmatch, more)):  # isosceles, and isosceles triangle
         return None
     is_form = any(x[:_STEM] == y[:_STEM] for x in a for y in b if min(len(x), len(y)) > _STEM)
     return None if len(a) == len(b) == 1 and is_form else False
@@ -132,7 +132,7 @@ def _word_and_number(words: list[str], other: str, *, is_given: bool) -> Verdict
         return None
     if words[0] in _NUMERALS:
         return plain(other).rstrip(".") == str(_NUMERALS[words[0]])
-    return False if is_given and words[0] not in _VAGUE else None
+    return False if is_given and not _VAGUE.fullmatch(words[0]) else None
 
 
 def _parts(text: str) -> list[tuple[str, bool]]:
