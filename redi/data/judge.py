@@ -52,6 +52,7 @@ _TAKES_BACK = {
     "thus",
 }
 _NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?:\.[0-9]*)?")
+_ANY_NUMBER = re.compile(r"(?<![a-zA-Z\d.{])[-+]?\d+(?:[.,]\d+)*(?![a-zA-Z\d])")
 _BOLD_NUMBER = re.compile(r"\*\*\W*([-+]?\d+(?:[.,]\d+)*)(?![\da-zA-Z])[^*]*\*\*")
 _NOISE = str.maketrans("", "", " \t\n$")
 KNOWN: list[tuple[str, str, Verdict]] = [  # a pair for each thing that we ask of math-verify
@@ -186,10 +187,16 @@ def _judge_unmarked(text: str, answer: str) -> Verdict:
     kinds = [LatexExtractionConfig(normalization_config=rules), ExprExtractionConfig()]
     last_line = text.strip().rpartition("\n")[2]
     try:
+        text = re.sub(r"(?<=\bis )\+(?=\d)", "", text)  # it does not look for +7
         found = parse(rewrite(text), kinds, parsing_timeout=None, raise_on_error=True)
     except Exception:  # it fails in many ways on text that holds no answer
         found = []
-    given = [x for x in found if isinstance(x, str)] or _BOLD_NUMBER.findall(last_line)[-1:]
+    numbers = _ANY_NUMBER.findall(last_line)
+    given = (
+        [x for x in found if isinstance(x, str)]
+        or _BOLD_NUMBER.findall(last_line)[-1:]
+        or (numbers if len(numbers) == 1 and not found else [])
+    )
     is_same = _same(given[0], answer) if given else None
     if is_same is None and found and not isinstance(found[0], str):
         is_same = same_read(found[0], rewrite(answer.strip("$")))

@@ -26,17 +26,17 @@ def boxed(given):
 
 
 def test_the_table_is_what_it_says():
-    assert len(ROWS) >= 900
+    assert len(ROWS) >= 1500
     assert {len(row) for row in ROWS} == {5}
     assert {row[3] for row in ROWS} == {"correct", "wrong", "unparsable"}
     assert len({(expected, given) for _, expected, given, *_ in ROWS}) == len(ROWS)
-    assert sum(row[4] == "unread" for row in ROWS) <= 10
+    assert sum(row[4] == "unread" for row in ROWS) <= 44
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(12))
 def test_every_verdict_of_the_table(part):
     """What is marked `unread` is called unparsable, whatever it is; all else gets its verdict."""
-    rows = ROWS[part::4]
+    rows = ROWS[part::12]
     texts, answers = [boxed(row[2]) for row in rows], [row[1] for row in rows]
     verdicts = verify(texts, answers, num_workers=1, timeout=30)
     right = ["unparsable" if row[4] == "unread" else row[3] for row in rows]
@@ -45,6 +45,23 @@ def test_every_verdict_of_the_table(part):
 
 
 WHOLE = [  # expected, the text, the verdict
+    ("4", "<think>\\boxed{4}</think> The answer is \\boxed{5}.", "wrong"),
+    ("4", "<think>#### 5</think>\n#### 4", "correct"),
+    ("4", "<think>x</think>\n<answer>\\boxed{4}</answer>", "correct"),
+    ("4", "Okay \\boxed{5}</think>\\boxed{4}", "correct"),
+    ("-4", "Hence the answer is -4.", "correct"),
+    ("7", "Therefore the answer is +7", "correct"),
+    ("7", "\u7b54\u6848\u662f7\u3002", "correct"),  # Chinese: the answer is 7
+    ("12", "Final Answer: $12$ apples", "correct"),
+    ("1200", "The total is $1,200.", "correct"),
+    ("18", "The answer is 81 eggs.", "wrong"),
+    ("18", "I do not know.", "unparsable"),
+    ("70", "so the sum is <boxed{70}\\).</answer>", "unparsable"),
+    ("5", "I first thought \\boxed{2}, but it is \\boxed{5}.", "correct"),
+    ("5", "\\boxed{5}\n\nActually \\boxed{6}", "wrong"),
+    ("5", "The answer is \\boxed{5}. \\boxed{}", "correct"),
+    ("50", "10+John's age\nA: 10+John's age", "wrong"),
+    ("10", "So\nA: 10+years", "unparsable"),
     ("7", r"<think>so \boxed{7}</think> Answer: 8", "wrong"),
     ("7", "<think>so \\boxed{8}? no</think>\nAnswer: 7", "correct"),
     ("7", "<think>so \\boxed{8}? no</think>\nThe answer is $7$.", "correct"),
