@@ -31,6 +31,7 @@ _FIGURE = re.compile(
     r"(\\(?:angle|triangle|overline|widehat|overarc|odot|bigtriangleup|square|parallelogram)|(?=[A-Z]{3}))"
     r"\s*\{?\s*([A-Z]+)\s*\}?"
 )
+_COLON = re.compile(":")
 _CLOCK = re.compile(r"\d{1,2}:[0-5]\d")
 _FUNCTION = re.compile(r"\s*([a-zA-Z])\s*\(\s*([a-zA-Z])\s*\)\s*")
 
@@ -228,8 +229,13 @@ def _same_item(a: str, b: str) -> Verdict:
     factors, others = (cut(text, _TIMES)[0] for text in (a, b))
     if len(factors) == len(others) > 1 and any(map(take_unit, factors + others)):
         return _match(factors, others, _same_item)  # 20 ft x 35 ft
+    ratios = [cut(text, _COLON)[0] for text in (a, b)]
+    if max(map(len, ratios)) > 2 and min(map(len, ratios)) > 1:
+        return _same_ratio(*ratios)
     if _CLOCK.fullmatch(a) and _CLOCK.fullmatch(b):  # 7:20 and 14:40: as ratios only
         return None if same_formula(a, b) else False
+    if len(ratios[0]) != len(ratios[1]):  # 8:00 beside 8
+        a, b = (text.removesuffix(":00") if _CLOCK.fullmatch(text) else text for text in (a, b))
     builder = set_a or set_b
     if builder:  # x > 2 beside {x | x > 2}
         sides = (set_a[2] if set_a else a, set_b[2] if set_b else b)
@@ -239,6 +245,14 @@ def _same_item(a: str, b: str) -> Verdict:
         return _same_brackets(a, b, in_a, in_b)
     quantity = _same_quantity(a, b)
     return same_formula(a, b) if quantity == "no unit" else quantity
+
+
+def _same_ratio(a: list[str], b: list[str]) -> Verdict:
+    """Of three terms or more: a multiple of each other."""
+    if len(a) != len(b):
+        return False
+    products = ((rf"({x}) \cdot ({b[0]})", rf"({y}) \cdot ({a[0]})") for x, y in zip(a[1:], b[1:], strict=True))
+    return _all(same_formula(*pair) for pair in products)
 
 
 def _without_name(text: str, other: str) -> str:
@@ -301,8 +315,8 @@ def _same_relation(a: str, b: str, in_a: tuple, in_b: tuple) -> Verdict:
             if each.count(False) == 1 and None not in each and not is_other_side:
                 return False  # the same thing is not below 3 and below 4, nor is it 5 and 6
             if is_other_side and is_name(sides[0]) and is_name(sides_b[0]):
-                is_function = {plain(sides[0]), plain(sides_b[0])} == {"y", "f(x)"}
-                return True if is_function else None
+                names = sorted((plain(sides[0]), plain(sides_b[0])), key=len)
+                return True if names[0] == "y" and names[1].endswith("(x)") else None
     elif len(signs_a) == len(signs_b) and _all(map(same, sides_a, sides_b)):
         return False  # the same sides, and another sign
     if signs_a == signs_b == ["="]:

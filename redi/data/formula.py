@@ -232,9 +232,7 @@ def _same_expression(a: Any, b: Any) -> Verdict:
     tolerance = 5e-6 if a.has(Float) or b.has(Float) else None
     if not (a.free_symbols or b.free_symbols):
         return _same_number(a, b, tolerance)
-    # f(2) may be any number, beside an answer that does not speak of f.
-    calls_a, calls_b = ({s.name for s in x.free_symbols if "(" in s.name} for x in (a, b))
-    differ = False if bool(calls_a) == bool(calls_b) else None
+    differ = None if _may_be_renamed(a, b) else False
     is_complex = a.has(I) or b.has(I)
     compared = 0
     for point in _points(a.free_symbols | b.free_symbols):
@@ -246,6 +244,23 @@ def _same_expression(a: Any, b: Any) -> Verdict:
             return differ
         compared += 1
     return True if compared >= _MIN_POINTS else None
+
+
+def _may_be_renamed(a: Any, b: Any) -> bool:
+    """Whether a letter of only one side leaves it open if they differ: f(2), of which the other
+    does not speak; the k of 2k\\pi, which may be an n there."""
+    alone_a, alone_b = (
+        {s.name for s in x.free_symbols - y.free_symbols} for x, y in ((a, b), (b, a))
+    )
+    calls = [any("(" in s.name for s in x.free_symbols) for x in (a, b)]
+    if calls[0] != calls[1]:
+        return True
+    if not (len(alone_a) == len(alone_b) == 1 and alone_a | alone_b <= set("klmn")):
+        return False
+    renamed = {
+        s: t for s in a.free_symbols - b.free_symbols for t in b.free_symbols - a.free_symbols
+    }
+    return _same_expression(a.xreplace(renamed), b) is True
 
 
 def _same_number(a: Any, b: Any, tolerance: float | None) -> Verdict:
@@ -273,7 +288,7 @@ def _points(symbols: set) -> Iterator[dict]:
     names = sorted(symbols, key=str)
     for turn in range(12):
         point = {}
-        for k, name in enumerate(names):
+        for k, name in enumerate(names if turn % 2 else names[::-1]):  # now a < b, now a > b
             size = Rational(7 + 13 * turn + 29 * k, 11 + (17 * k + 5 * turn) % 19)
             sign = -1 if 4 <= turn < 8 and (turn + k) % 2 == 0 else 1
             point[name] = Integer(2 + (turn + 3 * k) % 7) if turn >= 8 else sign * size

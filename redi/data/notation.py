@@ -8,7 +8,6 @@ tests/redi/data/answers.tsv has a row or more for every rule.
 import re
 import unicodedata
 from fractions import Fraction
-from math import gcd
 from typing import Any
 
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
@@ -67,6 +66,7 @@ _RULES: list[tuple[re.Pattern, Any]] = [
         (r"\{([,:;])\}", r"\1"),
         (r"^\s*\$?([^$]+)(?<!\\)\$(?=\s+[a-zA-Z])", r"\1"),  # $12$ apples
         (r"\\checkmark(?![a-z])", ""),
+        (r"\\(?:vec|overrightarrow)\s*\{\s*0\s*\}", "0"),
         (r"(?<=\d)(?:\\[,;:! ]|~| )(?=\d{3}(?!\d))", ""),  # 10\,000
         (r"(?<![\d.^_{/])(\d+) +(\d+)/(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),  # 3 5/8
         (r"(?<![\w.\\}])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d+)(?![\w.])", r"\1 \\times 10^{\2}"),
@@ -132,7 +132,6 @@ _RULES: list[tuple[re.Pattern, Any]] = [
     ]
 ]
 _FALLS = re.compile(r"(>|\\geq?(?:slant)?(?![a-z]))")
-_RATIO = re.compile(r"\d+(?:\s*:\s*\d+){2,}")
 _BASE = re.compile(r"(\d[0-9A-Z]*|[0-9A-F]+(?=_\{?16\b))_\{?(\d{1,2})\}?")
 _LETTER = re.compile(r"\(?([A-Z])\)?")
 _CHOICE = re.compile(r"\(([A-Z])\)|([A-Z])[.:)]")
@@ -223,7 +222,7 @@ def _choices(text: str) -> set[str]:
 
 
 def _standard(text: str) -> str:
-    """A falling chain as a rising one, a ratio of three or more in lowest terms as a tuple."""
+    """A falling chain as a rising one, ]0, 1[ as (0, 1), <1, 2> as (1, 2)."""
     chain = [part.strip() for part in _FALLS.split(text)]
     if len(chain) == 5 and all(chain) and not re.search("[<=]", text):
         a, first, b, second, c = chain
@@ -232,11 +231,7 @@ def _standard(text: str) -> str:
     turned = _TURNED.fullmatch(text)
     if turned and (turned[1] == "]" or turned[3] == "["):
         text = f"{'[' if turned[1] == '[' else '('}{turned[2]}{']' if turned[3] == ']' else ')'}"
-    text = _ANGLED.sub(r"(\1)", text)
-    if _RATIO.fullmatch(text):
-        terms = [int(term) for term in text.split(":")]
-        return f"({', '.join(str(term // (gcd(*terms) or 1)) for term in terms)})"
-    return text
+    return _ANGLED.sub(r"(\1)", text)
 
 
 def _brace(text: str) -> str:
