@@ -8,6 +8,7 @@ formula for something that it can read, and then compares two numbers out of two
 
 import re
 from collections.abc import Callable, Iterable
+from itertools import combinations
 from typing import Any, Literal
 
 from redi.data.formula import may_be_interval, same_equation, same_formula, same_inequality
@@ -217,6 +218,10 @@ def _same_item(a: str, b: str) -> Verdict:
     set_a, set_b = _BUILDER.fullmatch(a), _BUILDER.fullmatch(b)
     if set_a and set_b:
         return same(set_a[2], set_b[2]) if same(set_a[1], set_b[1]) else None
+    builder = set_a or set_b
+    if builder:  # x > 2 beside {x | x > 2}
+        sides = (set_a[2] if set_a else a, set_b[2] if set_b else b)
+        return same(*sides) or None if re.fullmatch(r"\s*[a-zA-Z]\s*", builder[1]) else None
     modulo_a, modulo_b = _MODULUS.fullmatch(a), _MODULUS.fullmatch(b)
     if modulo_a and modulo_b:
         return _same_congruence(modulo_a, modulo_b)
@@ -236,10 +241,6 @@ def _same_item(a: str, b: str) -> Verdict:
         return None if same_formula(a, b) else False
     if len(ratios[0]) != len(ratios[1]):  # 8:00 beside 8
         a, b = (text.removesuffix(":00") if _CLOCK.fullmatch(text) else text for text in (a, b))
-    builder = set_a or set_b
-    if builder:  # x > 2 beside {x | x > 2}
-        sides = (set_a[2] if set_a else a, set_b[2] if set_b else b)
-        return same(*sides) or None if re.fullmatch(r"\s*[a-zA-Z]\s*", builder[1]) else None
     in_a, in_b = elements(_without_name(a, b)), elements(_without_name(b, a))
     if in_a and in_b:
         return _same_brackets(a, b, in_a, in_b)
@@ -251,8 +252,10 @@ def _same_ratio(a: list[str], b: list[str]) -> Verdict:
     """Of three terms or more: a multiple of each other."""
     if len(a) != len(b):
         return False
-    products = ((rf"({x}) \cdot ({b[0]})", rf"({y}) \cdot ({a[0]})") for x, y in zip(a[1:], b[1:], strict=True))
-    return _all(same_formula(*pair) for pair in products)
+    pairs = combinations(zip(a, b, strict=True), 2)  # each pair of terms: the first may be 0
+    return _all(
+        same_formula(rf"({x}) \cdot ({v})", rf"({u}) \cdot ({y})") for (x, y), (u, v) in pairs
+    )
 
 
 def _without_name(text: str, other: str) -> str:
