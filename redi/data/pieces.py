@@ -25,6 +25,8 @@ TEXT = re.compile(
 WORD = re.compile(
     r"(?<![\\a-zA-Z])[^\W\d_]{3,}(?![a-zA-Z(])|(?<![\\a-zA-Z])(?:no|No|NO|[ap]m|[AP]M)(?![a-zA-Z(])"
 )
+_BOLD = re.compile(r"\\(?:text|math)(?:bf|it)\s*(?=\{)")
+_SIGNS = re.compile(r"[\\=+\-^_*/\d]")
 _PLUS_MINUS = re.compile(r"\\(pm|mp)(?![a-zA-Z])")
 SPACE = re.compile(r"\\[ ,;:!]|[\s$~]")
 
@@ -43,11 +45,12 @@ def trim(text: str) -> str:
         text = re.sub(r"(?<!\.)(?<!right)\.$", "", text).strip().strip("$").strip()
         if text.startswith("{") and _end(text) == len(text):
             text = text[1:-1]
-        framed = re.fullmatch(
-            r"(?s)\\\[(.*)\\\]|\\\((.*)\\\)|\\(?:text|math)(?:bf|rm|it)\{(\\(?:text|math)\w*\{[^{}]*\})\}",
-            text,
-        )
+        framed = re.fullmatch(r"(?s)\\\[(.*)\\\]|\\\((.*)\\\)", text)
         text = framed[framed.lastindex or 0] if framed else text
+        bold = _BOLD.match(text)
+        if bold and _end(text[bold.end() :]) == len(text) - bold.end():
+            inner = text[bold.end() + 1 : -1]
+            text = inner if _SIGNS.search(inner) and not WORD.search(inner) else text
     return text
 
 
