@@ -336,6 +336,18 @@ def test_worker_that_cannot_be_trusted_does_not_start(hostile):
         verify(["x"], ["a"])
 
 
+def test_known_pairs_are_judged_when_a_worker_starts(tmp_path, monkeypatch):
+    """A grader that gives another verdict on one of them does not start."""
+    script = tmp_path / "judge.py"
+    known = '("M/m", "m/M", "wrong")'
+    rules = verify_module.WORKER.read_text()
+    assert known in rules
+    script.write_text(rules.replace(known, known.replace("wrong", "correct")))
+    monkeypatch.setattr(verify_module, "WORKER", script)
+    with pytest.raises(RediError, match="cannot be trusted with math-verify"):
+        verify([r"\boxed{x}"], ["y"], num_workers=1)
+
+
 def test_missing_math_verify_says_what_to_install(monkeypatch):
     monkeypatch.setattr(verify_module, "find_spec", lambda name: None)
     assert verify(["####5"], ["5"]) == ["correct"]
