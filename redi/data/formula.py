@@ -252,7 +252,9 @@ def _may_be_renamed(a: Any, b: Any) -> bool:
     alone_a, alone_b = (
         {s.name for s in x.free_symbols - y.free_symbols} for x, y in ((a, b), (b, a))
     )
-    calls = [any(re.search(r"\([\d., ]+\)", s.name) for s in x.free_symbols) for x in (a, b)]
+    calls = [
+        any(re.search(r"^Derivative|\([\d., ]+\)", s.name) for s in x.free_symbols) for x in (a, b)
+    ]
     if calls[0] != calls[1]:
         return True
     if not (len(alone_a) == len(alone_b) == 1 and alone_a | alone_b <= set("klmn")):
