@@ -1,107 +1,142 @@
-"""The grader against labels that it had no part in.
+"""The grader against labels that it had no part in: false accepts and false refusals, apart.
 
     python bench/grader.py                                              tests' table of answers
+    python bench/grader.py --pairs FILE.tsv                             other pairs with verdicts
     python bench/grader.py --solutions example_model_solutions.jsonl    GSM8K's labelled solutions
     python bench/grader.py --benchmarks FOLDER                          benchmarks' own answers
 
+Pairs: a header, then gold, text that ends in an answer, right verdict, ..., label's source, with
+tabs between; U+240A is a line break; what is marked "arguable" is counted apart.
 Solutions: OpenAI's `example_model_solutions.jsonl` (github.com/openai/grade-school-math): four
-models' solutions to 1,319 problems, each with `is_correct`. Every disagreement is printed.
-Benchmarks: every answer is graded against itself, written otherwise where that is possible
-(\\dfrac for \\frac, a space around signs), and against the next problem's answer.
+models' solutions to 1,319 problems, each with `is_correct`.
+Benchmarks: every answer is graded against itself, written otherwise where that is possible (\\dfrac
+for \\frac, a space around signs), against the next problem's answer, and against its own solution
+where the file has one: many of those are proofs that mark no answer.
 """
 
 import argparse
 import json
 import re
+import resource
 import time
 from collections import Counter
 from pathlib import Path
 
-from redi.data.verify import Verifier, extract_answer
+from redi.data.verify import Verifier
 
 TABLE = Path(__file__).parents[1] / "tests" / "redi" / "data" / "answers.tsv"
+
+Item = tuple[str, str, str]  # text, expected answer, the right verdict
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--pairs", type=Path)
     parser.add_argument("--solutions", type=Path)
     parser.add_argument("--benchmarks", type=Path)
+    parser.add_argument("--grader", choices=["math_verify", "rllm"], default="math_verify")
     parser.add_argument("--timeout", type=float, default=60.0)
+    parser.add_argument("--show", type=int, default=20, help="how many disagreements to print")
     args = parser.parse_args()
-    for grader in ("math_verify", "rllm"):
-        with Verifier(timeout=args.timeout, grader=grader) as verifier:
-            if not (args.solutions or args.benchmarks):
-                table(verifier)
-            if args.solutions and grader == "math_verify":
-                solutions(args.solutions, verifier)
-            if args.benchmarks:
-                benchmarks(args.benchmarks, verifier)
+    sets: dict[str, list[Item]] = {}
+    if args.pairs:
+        sets |= pairs(args.pairs)
+    if args.solutions:
+        sets[args.solutions.name] = solutions(args.solutions)
+    if args.benchmarks:
+        sets |= benchmarks(args.benchmarks)
+    sets = sets or {TABLE.name: table()}
+    for name, items in sets.items():
+        before = cpu_seconds()
+        with Verifier(timeout=args.timeout, grader=args.grader) as verifier:
+            prefix = "</think>" if args.grader == "rllm" else ""
+            verdicts = verifier.verify([prefix + item[0] for item in items], [i[1] for i in items])
+        report(name, items, verdicts, cpu_seconds() - before, args.show)
 
 
-def table(verifier: Verifier) -> None:
-    lines = TABLE.read_text(encoding="utf-8").splitlines()
-    _, *rows = [line.split("\t") for line in lines if not line.startswith("#")]
-    texts = [
-        given if re.search(r"\\(?:boxed|fbox)", given) else rf"\boxed{{{given}}}"
-        for _, _, given, *_ in rows
+def report(name: str, items: list[Item], verdicts: list, seconds: float, show: int) -> None:
+    counts = Counter((item[2], verdict) for item, verdict in zip(items, verdicts, strict=True))
+    right = sum(n for (label, _), n in counts.items() if label == "correct")
+    wrong = sum(n for (label, _), n in counts.items() if label == "wrong")
+    agree = sum(n for (label, verdict), n in counts.items() if label == verdict)
+    unread = sum(n for (_, verdict), n in counts.items() if verdict not in ("correct", "wrong"))
+    accepted, refused = counts["wrong", "correct"], counts["correct", "wrong"]
+    print(f"{name}: {agree} of {len(items)} verdicts are right ({agree / len(items):.1%})")
+    missed = right - refused - counts["correct", "correct"]
+    print(f"  wrong ones accepted: {accepted} of {wrong}")
+    print(f"  right ones called wrong: {refused} of {right}")
+    print(f"  unparsable or timeout: {unread} ({unread / len(items):.1%}); {missed} of them right")
+    print(f"  {seconds / len(items) * 1e3:.2f} ms of CPU each, with the starts of workers")
+    differing = [
+        (item, v)
+        for item, v in zip(items, verdicts, strict=True)
+        if v != item[2] and (v == "correct" or item[2] == "correct")
     ]
-    start = time.perf_counter()
-    verdicts = verifier.verify(["</think>" + text for text in texts], [row[1] for row in rows])
-    seconds = time.perf_counter() - start
-    wrong = [(row, v) for row, v in zip(rows, verdicts, strict=True) if v != row[3]]
-    accepted = sum(verdict == "correct" for _, verdict in wrong)
-    print(f"{verifier.grader}: {len(rows) - len(wrong)} of {len(rows)} verdicts are right")
-    refused = len(wrong) - accepted
-    print(f"  wrong accepted: {accepted}, right refused: {refused}; {seconds:.0f} s")
-    for (kind, expected, given, truth, _), verdict in wrong[:20]:
-        print(f"    {kind}: expected {expected}  given {given}  is {truth}, called {verdict}")
-    if len(wrong) > 20:
-        print(f"    and {len(wrong) - 20} more")
+    for (text, expected, label), verdict in differing[:show]:
+        print(f"    {label}, called {verdict}: expected {expected!r}, given ...{text[-70:]!r}")
 
 
-def solutions(file: Path, verifier: Verifier) -> None:
-    items = []
-    for line in file.open(encoding="utf-8"):
-        row = json.loads(line)
-        for model, said in row.items():
-            if isinstance(said, dict):
-                items.append((model, said["solution"], row["ground_truth"], said["is_correct"]))
-    start = time.perf_counter()
-    verdicts = verifier.verify([i[1] for i in items], [i[2] for i in items])
-    seconds = time.perf_counter() - start
-    counts = Counter((item[3], verdict) for item, verdict in zip(items, verdicts, strict=True))
-    agree = counts[True, "correct"] + sum(
-        n for (label, v), n in counts.items() if not label and v != "correct"
-    )
-    print(f"{file.name}: {agree} of {len(items)} agree with is_correct ({seconds:.1f} s)")
-    for (label, verdict), n in sorted(counts.items()):
-        print(f"    labelled {'right' if label else 'wrong'}, graded {verdict}: {n}")
-    for (model, text, truth, label), verdict in zip(items, verdicts, strict=True):
-        if label != (verdict == "correct"):
-            answers = f"expected {extract_answer(truth)!r}, given {extract_answer(text)!r}"
-            print(f"  {model}: labelled {label}, graded {verdict}; {answers}, ends {text[-60:]!r}")
+def cpu_seconds() -> float:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
-def benchmarks(folder: Path, verifier: Verifier) -> None:
+def table() -> list[Item]:
+    lines = TABLE.read_text(encoding="utf-8").split("\n")
+    _, *rows = [line.split("\t") for line in lines if line and not line.startswith("#")]
+    return [
+        (given if re.search(r"\\(?:boxed|fbox)", given) else rf"\boxed{{{given}}}", expected, right)
+        for _, expected, given, right, _ in rows
+    ]
+
+
+def pairs(file: Path) -> dict[str, list[Item]]:
+    """Those of `file`, the arguable ones apart."""
+    found: dict[str, list[Item]] = {file.name: [], f"{file.name}, arguable": []}
+    for line in file.read_text(encoding="utf-8").split("\n")[1:]:
+        if not line:
+            continue
+        gold, text, right, *more = [part.replace("\u240a", "\n") for part in line.split("\t")]
+        is_arguable = bool(more) and "arguable" in more[-1]
+        found[f"{file.name}, arguable" if is_arguable else file.name].append((text, gold, right))
+    return {name: items for name, items in found.items() if items}
+
+
+def solutions(file: Path) -> list[Item]:
+    return [
+        (said["solution"], row["ground_truth"], "correct" if said["is_correct"] else "wrong")
+        for row in map(json.loads, file.open(encoding="utf-8"))
+        for said in row.values()
+        if isinstance(said, dict)
+    ]
+
+
+def benchmarks(folder: Path) -> dict[str, list[Item]]:
+    sets: dict[str, list[Item]] = {}
     for file in sorted(folder.glob("*.json")):
-        answers = []
-        for row in json.loads(file.read_text(encoding="utf-8")):
-            answer = row["answer"]
-            answers.append(str(answer[0] if isinstance(answer, list) else answer).strip())
-        variants = [
-            a.replace("\\frac", "\\dfrac").replace("+", " + ").replace("=", " = ") for a in answers
-        ]
-        others = [*answers[1:], answers[0]]
-        for what, given in (("itself", variants), ("the next one", others)):
-            verdicts = verifier.verify([rf"</think>\boxed{{{a}}}" for a in given], answers)
-            counts = dict(Counter(verdicts))
-            print(f"{verifier.grader}: {file.name}: {len(answers)} against {what}: {counts}")
-            expected = "correct" if what == "itself" else "wrong"
-            for a, b, verdict in zip(given, answers, verdicts, strict=True):
-                if verdict != expected and not (what != "itself" and a == b):
-                    print(f"    {verdict}: {a!r} for {b!r}"[:200])
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        answers = [str(first(row["answer"])).strip() for row in rows]
+        for what, given in (("itself", answers), ("the next one", [*answers[1:], answers[0]])):
+            sets[f"{file.name} against {what}"] = [
+                (boxed(text), answer, "correct" if what == "itself" or text == answer else "wrong")
+                for text, answer in zip(given, answers, strict=True)
+            ]
+        solved = [(first(row.get("solution")), a) for row, a in zip(rows, answers, strict=True)]
+        items = [(text, answer, "correct") for text, answer in solved if text]
+        if items:
+            sets[f"{file.name} against its solutions"] = items
+    return sets
+
+
+def boxed(answer: str) -> str:
+    answer = answer.replace("\\frac", "\\dfrac").replace("+", " + ").replace("=", " = ")
+    return rf"\boxed{{{answer}}}"
+
+
+def first(value: object) -> object:
+    return value[0] if isinstance(value, list) and value else value
 
 
 if __name__ == "__main__":

@@ -19,10 +19,17 @@ from redi.config import TrainConfig
 from redi.distributed import full_tensors
 from redi.files import publish, usual_mode
 from redi.model import is_dropout
-from redi.older_readers import tell_rope, tell_tokenizer, write_json
-from redi.start import INDEX, local_folder, quietly, stored_dtypes, weight_files
+from redi.older_readers import tell_names, tell_rope, tell_tokenizer, write_json
+from redi.start import (
+    GENERATION,
+    INDEX,
+    generation_settings,
+    local_folder,
+    quietly,
+    stored_dtypes,
+    weight_files,
+)
 
-GENERATION = "generation_config.json"
 # Beside the weights, and not written by transformers' save_pretrained of a causal LM.
 COMPANIONS = ("*.py", "*processor_config.json")
 
@@ -82,12 +89,17 @@ def export(
         _finish_config(aside / "config.json", lm, config)
         with quietly():
             tell_rope(aside, type(lm.config))
+            # An old word for the rate that a recipe changes would say the old rate.
+            tell_names(aside, type(lm.config), source if config.rope_theta is None else None)
         tell_tokenizer(aside, tokenizer_source, tokenizer)
         _copy_companions(aside, source, tokenizer_source)
         (aside / "README.md").write_text(card)
         for file in weight_files(aside):
             usual_mode(file)
-        names = sorted((f.name for f in aside.iterdir()), key=lambda name: name == "config.json")
+        files = [str(f.relative_to(aside)) for f in aside.rglob("*") if f.is_file()]
+        for name in files:  # further templates have a folder
+            (output_dir / name).parent.mkdir(exist_ok=True)
+        names = sorted(files, key=lambda name: name == "config.json")
         publish(aside, {name: output_dir / name for name in names})
     except SafetensorError as error:  # what a full disk is to safetensors
         raise OSError(str(error)) from error
@@ -155,8 +167,8 @@ def _generation_config(
         settings = GenerationConfig.from_model_config(lm.config_as_it_came).to_diff_dict()
     if source is None:  # from scratch: a config class's own ids are nobody's choice
         settings.pop("eos_token_id", None)
-    elif (source / GENERATION).exists():
-        settings |= json.loads((source / GENERATION).read_text())
+    else:
+        settings |= generation_settings(source)
     settings.pop("_from_model_config", None)
     stops = settings.get("eos_token_id")
     stops = stops if isinstance(stops, list) else [] if stops is None else [stops]

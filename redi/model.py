@@ -6,6 +6,7 @@ of `redi_kernels`, so the [T, V] logits never exist.
 
 import copy
 import difflib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,6 @@ from redi.config import TrainConfig
 from redi.data.pack import Pack
 from redi.data.tokenize import with_template_arguments
 from redi.errors import RediError
-from redi.files import read_json
 from redi.meter import attention_width, idle_weights
 from redi.start import check_json, first_line, read_causal_lm
 
@@ -152,13 +152,14 @@ def load_tokenizer(config: TrainConfig) -> Any:
             raise RediError(f"chat_template: {file}: no such file")
         try:
             tokenizer.chat_template = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise RediError(f"chat_template: {file}: not UTF-8 text ({error})") from None
+        except (OSError, ValueError) as error:
+            raise RediError(f"chat_template: {file}: cannot be read as text ({error})") from None
     return with_template_arguments(tokenizer, config.chat_template_kwargs)
 
 
 def load_tokenizer_from(name: str, **options: Any) -> Any:
     """The tokenizer in a folder or under a hub name. Raises RediError when there is none."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = Path(name)
@@ -169,7 +170,9 @@ def load_tokenizer_from(name: str, **options: Any) -> Any:
             # tokenizer.json of one's own says: stage 2 would read other ids than stage 1.
             loader = PreTrainedTokenizerFast if _is_generic(folder) else AutoTokenizer
             return loader.from_pretrained(name, **options)
-        except Exception as error:  # of many kinds, and all of them about the files
+        except (
+            OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError
+        ) as error:  # fmt: skip
             check_json(folder)
             why = first_line(error)
     # From a folder that has only config.json, transformers would make an empty tokenizer.
@@ -184,8 +187,10 @@ def _is_generic(folder: Path) -> bool:
     file = folder / "tokenizer_config.json"
     if not (file.exists() and (folder / "tokenizer.json").exists()):
         return False
-    named = read_json(file).get("tokenizer_class")
-    return named in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file.name} holds no JSON object")
+    return settings.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def load_model_config(config: TrainConfig, *, for_weights: bool = False) -> Any:
@@ -193,28 +198,28 @@ def load_model_config(config: TrainConfig, *, for_weights: bool = False) -> Any:
 
     A recipe's `architecture` stands for that of a name on the Hub, but where its weights follow.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     name = config.model_name_or_path
     is_real = name is not None and (for_weights or Path(name).is_dir())
-    if name is None or not (is_real or config.architecture is None):
-        settings = dict(config.architecture or {})
-        if "model_type" not in settings:
-            raise RediError("architecture: needs model_type, as in a config.json")
-        with _naming_the_architecture():
+    is_from_recipe = name is None or not (is_real or config.architecture is None)
+    where = "architecture" if is_from_recipe else str(name)
+    settings = dict(config.architecture or {})
+    if is_from_recipe and "model_type" not in settings:
+        raise RediError("architecture: needs model_type, as in a config.json")
+    try:
+        if is_from_recipe:
             model_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        _check_names(settings, model_config)
-    else:
-        try:
+            _check_names(settings, model_config)
+        else:
             model_config = AutoConfig.from_pretrained(
-                name,
+                where,
                 revision=config.model_revision,
                 trust_remote_code=config.trust_remote_code,
             )
-        except Exception as error:  # of many kinds, and all of them about the files
-            raise RediError(
-                f"{config.model_name_or_path}: no model could be loaded ({first_line(error)})"
-            ) from None
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise RediError(f"{where}: no model could be loaded ({first_line(error)})") from None
     text_config = model_config.get_text_config(decoder=True)  # itself, but for composite ones
     if config.max_position_embeddings is not None:
         text_config.max_position_embeddings = config.max_position_embeddings

@@ -6,6 +6,7 @@ tokens and the tokenizer's class under names that 4.57 does not know. Here both 
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,48 @@ def tell_rope(folder: Path, config_class: Any) -> None:
             part.clear()
             part.update(kept)
     write_json(file, settings)
+
+
+def tell_names(folder: Path, config_class: Any, source: Path | None) -> None:
+    """Adds to the config.json in `folder` what 4.57 calls otherwise: the names that transformers 5
+    takes for its own (`num_experts` of Qwen 3), and what the start's in `source` said and it read
+    and dropped (`rotary_pct` of GPT-NeoX); but for what would change how transformers 5 reads
+    it."""
+    file = folder / "config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    came: dict[str, Any] = {}
+    if source is not None and (source / "config.json").exists():
+        came = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if came.get("model_type") != settings["model_type"]:  # the text model of a larger one
+        came = came.get("text_config") or {}
+    config = config_class.from_pretrained(folder)
+    before = config.to_dict()
+    for part, names, there in _with_names(settings, config, came):
+        more = {old: part[new] for old, new in names.items() if new in part}
+        more |= {key: value for key, value in there.items() if key != "torch_dtype"}
+        for key, value in more.items():
+            if key in part:
+                continue
+            part[key] = value
+            write_json(file, settings)
+            try:
+                is_unchanged = config_class.from_pretrained(folder).to_dict() == before
+            except Exception:  # as in `tell_rope`
+                is_unchanged = False
+            if not is_unchanged:
+                del part[key]
+    write_json(file, settings)
+
+
+def _with_names(
+    settings: Any, config: Any, came: Any
+) -> Iterator[tuple[dict[str, Any], dict[str, str], dict[str, Any]]]:
+    """Of a config and those inside it: what is written, other names for it, what was there."""
+    yield settings, config.attribute_map, came
+    for key, value in vars(config).items():
+        if hasattr(value, "attribute_map") and isinstance(settings.get(key), dict):
+            inner = came.get(key)
+            yield from _with_names(settings[key], value, inner if isinstance(inner, dict) else {})
 
 
 def _parts(settings: Any) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ drawn at random, what is too much is left out. No run, no evaluation here means 
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,13 @@ from redi.errors import RediError
 from redi.files import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 SOURCES = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name", "eval_dataset_name",
            "chat_template")  # fmt: skip
 OWN = ("train_result.json", "latest", "metrics.jsonl")  # what every run of redi leaves
+# Of what an export writes, what its model folder surely has; and what others have there too.
+EXPORTED = ("config.json", WEIGHTS, INDEX, GENERATION, "tokenizer.json", "tokenizer_config.json",
+            "README.md")  # fmt: skip
 ADAPTER = "adapter_config.json"
 SHOWN = 4  # names in a message
 # safetensors' names of the dtypes that weights are computed in; fp8 and packed ones are not.
@@ -84,11 +89,29 @@ def check_folder(folder: Path) -> None:
             raise RediError(
                 f"{folder}: no model could be loaded ({file.name}: {error}); get that file again"
             ) from None
+    generation_settings(folder)
+
+
+def generation_settings(folder: Path) -> dict[str, Any]:
+    """What generation_config.json in `folder` says; {} without one. transformers drops a broken one
+    without a word. Raises RediError for that, and for stop ids that are no token ids."""
+    file = folder / GENERATION
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except (ValueError, OSError) as error:
+        raise RediError(f"{file}: cannot be read as JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise RediError(f"{file}: holds no JSON object; correct it, or remove it")
+    stops = settings.get("eos_token_id")
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    if any(type(stop) is not int for stop in stops):
+        raise RediError(f"{file}: eos_token_id is no token id or list of them; correct it")
+    return settings
 
 
 def check_output_dir(config: TrainConfig) -> None:
     """Raises RediError where the export would be written over, into or around what the run reads,
-    links followed, or over a model that no run of redi left there."""
+    links followed, or over files that no run of redi left there."""
     out = Path(os.path.realpath(config.output_dir))  # Path.resolve raises for links in a circle
     for field in SOURCES:
         value = getattr(config, field)
@@ -101,11 +124,11 @@ def check_output_dir(config: TrainConfig) -> None:
                 f"output_dir: {config.output_dir} is, holds or lies in {value} ({field}), which a "
                 "run must leave as it is; choose another output_dir"
             )
-    foreign = [name for name in ("config.json", WEIGHTS, INDEX) if (out / name).exists()]
+    foreign = [name for name in EXPORTED if (out / name).exists()]
     if foreign and not any((out / name).exists() for name in OWN):
         raise RediError(
-            f"output_dir: {config.output_dir} holds a model already ({foreign[0]}) that no run of "
-            "redi left there; choose another output_dir"
+            f"output_dir: {config.output_dir} holds {foreign[0]} already, which no run of redi "
+            "left there and this one would write over; choose another output_dir"
         )
 
 
@@ -153,11 +176,11 @@ def check_json(folder: Path) -> None:
 
 
 def first_line(error: Exception) -> str:
+    """And the next one, where the first but announces it: a field and what is wrong with it."""
     if isinstance(error, KeyError):
         return f"{error} is missing"
-    if isinstance(error, TypeError | AttributeError):
-        return f"{type(error).__name__}: {error}"
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def _misfits(info: dict[str, Any]) -> list[str]:

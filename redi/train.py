@@ -454,10 +454,10 @@ class Loop:
 
 
 def make_optimizer(model: PackedLM, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only, and not on norms, of which some are matrices (Cohere's,
-    one vector a head): as transformers does."""
+    """AdamW; weight decay on matrices only, and not on norms and biases, of which some are matrices
+    (Cohere's norms, one vector a head; biases of experts): as transformers does."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decays = lambda name, p: p.ndim >= 2 and not re.search(r"norm(\.|$)", name.lower())
+    decays = lambda name, p: p.ndim >= 2 and not re.search(r"bias|norm(\.|$)", name.lower())
     groups = [
         {
             "params": [p for name, p in trained if decays(name, p)],

@@ -93,7 +93,7 @@ class _Sparse:
         self.z_VB: Tensor | None = None  # exact blocks' logits
         self.dropped_P = torch.zeros_like(self.other_P)
         self.left = self.energy = torch.zeros((), dtype=torch.float64)
-        is_exact = len(x_NH) < fast_plan.LEAST_TOKENS or self._is_flat()
+        is_exact = not fast_plan.pays(*x_NH.shape) or self._is_flat()
         self.computed, self.resting = 0, len(x_NH) if is_exact else 0
 
     def _begin(self) -> scan.Int8 | scan.Full:

@@ -27,6 +27,12 @@ ONE = 1 << 40  # in the search's integers
 ROWS = 4096  # of a bf16 result widened at a time
 
 
+def pays(num_tokens: int, H: int) -> bool:
+    """Whether a call has something to gain. Narrow states would not: the moments' own columns cost
+    as much as what is left out, whose errors point in a few directions and add up."""
+    return num_tokens >= LEAST_TOKENS and H >= MOMENTS
+
+
 @dataclass(frozen=True)
 class Report:
     dropped_N: Tensor  # probability mass in rows that were not active

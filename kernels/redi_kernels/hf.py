@@ -173,7 +173,8 @@ def _weights(lm: Any) -> tuple[Tensor, Tensor | None]:
             "not make the logits. If that is LoRA, take lm_head off target_modules (or train all "
             "of it: modules_to_save=['lm_head']), or merge it: model.merge_and_unload()"
         )
-    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks)
+    hooks = [head._forward_hooks, head._forward_pre_hooks]
+    hooks += [head._backward_hooks, head._backward_pre_hooks]
     replaced = "forward" in vars(head) and not hasattr(head, "_hf_hook")  # accelerate's moves only
     is_fsdp = type(head).__name__ == "FSDPLinear"  # its hooks gather the weight, no more
     if (any(hooks) or replaced) and not is_fsdp:

@@ -9,6 +9,7 @@ buffers, the modes, or the gradients.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,7 +41,8 @@ def check_head(lm: Any, head: Callable[..., Any]) -> tuple[Tensor, Tensor]:
     """Compares `lm`'s own loss and logits with those of `head` on its last hidden states.
 
     The labels are the ids in reverse. The logits are compared as they are and, through a larger
-    input of `lm_head`, where scales and soft caps show.
+    input of `lm_head`, where scales and soft caps show. Parameters that are neither the base
+    model's nor the head's must not matter.
 
     Args:
         lm: a causal LM with a base model and a head on it, its weights whole and on one device.
@@ -54,11 +56,18 @@ def check_head(lm: Any, head: Callable[..., Any]) -> tuple[Tensor, Tensor]:
         lm.eval()
         ids_T = draw_ids(lm, LENGTH, seed=0)
         labels_T = ids_T.flip(0)
-        own = lm(input_ids=ids_T[None], labels=labels_T[None], use_cache=False, return_dict=True)
+        ask = functools.partial(lm, input_ids=ids_T[None], use_cache=False, return_dict=True)
+        own = ask(labels=labels_T[None])
+        is_out_V = own.logits[0].isneginf().all(0)  # as of a padded vocabulary
+        if is_out_V[labels_T].any():  # an infinite loss would tell nothing
+            labels_T = labels_T.where(~is_out_V[labels_T], int(is_out_V.logical_not().max(0)[1]))
+            own = ask(labels=labels_T[None])
         x_TH = anatomy.body_of(lm)(input_ids=ids_T[None], use_cache=False, return_dict=True)
         x_TH = x_TH.last_hidden_state[0]
         if own.loss is None or own.logits.shape[:2] != (1, LENGTH) or len(x_TH) != LENGTH:
             raise Mismatch(f"{name} has no loss of its own on token ids with labels")
+        if own.loss.isnan():
+            raise Mismatch(f"{name}: its own loss is NaN{_first_that_is_no_number(lm)}")
         largest = _largest(own.logits)
         y_T = torch.cat([labels_T[1:], labels_T.new_tensor([-100])])
         loss, own_loss = (float(z) for z in (head(sft_loss, x_TH, y_T).loss, own.loss))
@@ -74,9 +83,17 @@ def check_head(lm: Any, head: Callable[..., Any]) -> tuple[Tensor, Tensor]:
         _compare_logits(name, head, x_TH, own.logits[0])
         scale = 2.0 ** round(torch.tensor(LARGE / max(largest, 1e-3)).log2().item())
         with _scaled_input(anatomy.output_layer(lm), scale) as calls:
-            logits_TV = lm(input_ids=ids_T[None], use_cache=False, return_dict=True).logits[0]
+            logits_TV = ask().logits[0]
         if calls:  # else its weight is used some other way, and the logits were as before
             _compare_logits(name, head, x_TH * scale, logits_TV)
+        with _others_moved(lm) as moved:
+            if moved:
+                again = float(ask(labels=labels_T[None]).loss)
+                if not abs(again - own_loss) <= _slack(own.logits, largest):
+                    raise Mismatch(
+                        f"{name}: its loss depends on {moved[0]}, which is neither its base "
+                        "model's nor lm_head's, and would get no gradient"
+                    )
     return ids_T, x_TH
 
 
@@ -114,6 +131,31 @@ def precision(values: Tensor) -> float:
     whatever torch was told: Triton kernels decide for themselves."""
     eps = torch.finfo(values.dtype).eps
     return max(eps, 2.0**-10) if values.is_cuda else eps
+
+
+def _first_that_is_no_number(lm: Any) -> str:
+    bad = (name for name, p in lm.named_parameters() if not p.float().isfinite().all())
+    return next((f": its weight {name} holds NaN or infinity" for name in bad), "")
+
+
+@contextlib.contextmanager
+def _others_moved(lm: Any) -> Iterator[list[str]]:
+    """The names of the parameters that are neither in the base model nor in the head, which inside
+    have other values: a learned scale of 1 or a bias of 0 would not show as it is."""
+    parts = (anatomy.body_of(lm), anatomy.output_layer(lm))
+    known = {id(p) for part in parts for p in part.parameters()}
+    others = {
+        name: p for name, p in lm.named_parameters() if id(p) not in known and p.is_floating_point()
+    }
+    before = [p.clone() for p in others.values()]
+    generator = torch.Generator().manual_seed(2)
+    try:
+        for p in others.values():
+            p.add_((torch.randn(p.shape, generator=generator) * 0.5).to(p))
+        yield list(others)
+    finally:
+        for p, values in zip(others.values(), before, strict=True):
+            p.copy_(values)
 
 
 @contextlib.contextmanager

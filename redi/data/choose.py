@@ -12,6 +12,7 @@ from typing import Any
 
 from redi.config import DataConfig
 from redi.data.files import Block, Unreadable, read_block
+from redi.data.judge import without_opening
 from redi.data.overlap import Overlap, text_of
 from redi.data.read import (
     SAME,
@@ -164,7 +165,7 @@ class Chooser:
             if not self._is_cut_off(text)
         ]
         verdicts = verifier.verify(
-            [problems[p].generations[g] or "" for p, g in asked],
+            [self._to_judge(problems[p].generations[g] or "") for p, g in asked],
             [problems[p].answer or "" for p, _ in asked],
         )
         judged = dict(zip(asked, verdicts, strict=True))
@@ -181,6 +182,10 @@ class Chooser:
     def _is_cut_off(self, text: str) -> bool:
         is_open = "<think>" in text and "</think>" not in text
         return is_open and self.config.unfinished == "drop"
+
+    def _to_judge(self, text: str) -> str:
+        """Thoughts that do not end hold no answer, unless the user keeps what was cut off."""
+        return without_opening(text) if self.config.unfinished == "keep" else text
 
     def _select(self, problem: Problem, row: int, outcomes: list[str]) -> Chosen | None:
         """The first correct and the first incorrect generation that fit; counts the others."""

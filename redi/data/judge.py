@@ -8,35 +8,90 @@ import re
 import sys
 from collections.abc import Callable
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Literal
 
 Verdict = Literal["correct", "wrong", "unparsable", "timeout"]
 Grader = Literal["math_verify", "rllm"]
 
-RULES = 1  # to be raised when a verdict or a vote may change: what older rules graded is not kept
+RULES = 2  # to be raised when a verdict or a vote may change: what older rules graded is not kept
+MAX_BOXES = 20  # of one answer
 MAX_CHARS = 4000  # of an answer, or of the end of a text that marks none; longer is no answer
 _MEMORY_LIMIT = 4 << 30  # bytes a worker may map: 9^9^9^9 must not take the machine down
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.S)  # \{ is no brace
 _HASHES = re.compile(r".*(?<!#)####(?!#)")
-_ANSWER = re.compile(r"[ *#]*(?:final )?answer[ *]*:", re.I)
+_ANSWER = re.compile(r"[\W_]*(?:final )?answer[ *]*:", re.I)
 _LONE_A = re.compile(r"[ *]*A[ *]*:(?![a-zA-Z]|.*:)")  # A:B=2:3 is a ratio, A: 1, B: 2 a list
+_THOUGHTS = re.compile(
+    r"\s*(?:<(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[THINK\]|\u25c1think\u25b7)"
+)
+_THOUGHTS_END = re.compile(
+    r"</(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[/THINK\]|\u25c1/think\u25b7"
+)
+_EMPTY_BOX = re.compile(
+    r"\\(?:boxed|fbox)\s*\{\s*(?:\\text\s*\{)?\s*(?:(?:your|the|final)\s+)*(?:answer|\.\.\.|\\l?dots)?"
+    r"\s*\}(?:\s*\})?",
+    re.I,
+)
+_FORMULA = re.compile(r"(?s)\s*(?:\$\$?([^$]+)\$\$?|\\\(((?:(?!\\\)).)+)\\\))\s*\.?\s*")
+_BREAK = re.compile(r"[.!?:](?:\s|$|\\|\$)|\n\s*\n|\*\*")  # between two boxes: a new sentence
+_TAKES_BACK = {
+    "no",
+    "not",
+    "wait",
+    "rather",
+    "wrong",
+    "incorrect",
+    "answer",
+    "actually",
+    "oops",
+    "instead",
+    "but",
+    "so",
+    "then",
+    "thus",
+}
 _NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?:\.[0-9]*)?")
+_ANY_NUMBER = re.compile(r"(?<![a-zA-Z\d.{])[-+]?\d+(?:[.,]\d+)*(?![a-zA-Z\d])")
+_BOLD_NUMBER = re.compile(r"\*\*\W*([-+]?\d+(?:[.,]\d+)*)(?![\da-zA-Z])[^*]*\*\*")
 _NOISE = str.maketrans("", "", " \t\n$")
-_SPACE = re.compile(r"\\[ ,;:!]|\s(?!\s*\d)|(?<!\d)\s|[$~]|\.$")  # none between digits
-_WORD = re.compile(r"[a-zA-Z]{2}")
-_DIGITS_APART = re.compile(r"(?<=\d)\s+(?=\d)")  # 3 5/8 is not 35/8
+KNOWN: list[tuple[str, str, Verdict]] = [  # a pair for each thing that we ask of math-verify
+    (r"So it is $\frac{1}{2}$.", "0.5", "correct"),
+    (r"\frac{1}{2}", "0.5", "correct"),
+    (r"\frac{1}{2}", "0.25", "wrong"),
+    (r"2\sqrt{3}", r"\sqrt{12}", "correct"),
+    ("x^2+2x+1", "(x+1)^2", "correct"),
+    ("x^2+2x+1", "(x-1)^2", "wrong"),
+    ("M/m", "m/M", "wrong"),
+    ("2, 3", r"\{3, 2\}", "correct"),
+    ("(1, 2)", "(2, 1)", "wrong"),
+    ("2x+4y=6", "x+2y=3", "correct"),
+    ("x=2i", "x=5i", "wrong"),
+    (
+        r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}",
+        r"\begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix}",
+        "wrong",
+    ),
+    (r"\sum_{d \mid n} 2^d", r"\sum_{d \mid n} 3^d", "unparsable"),
+]
+_VERDICTS: dict[bool | None, Verdict] = {True: "correct", False: "wrong", None: "unparsable"}
+_DIGITS_APART = re.compile(r"(?<=\d),?\s+(?=\d)")  # 3 5/8 is not 35/8, nor 1, 100 1100
 
 
 def extract_answer(text: str) -> str | None:
-    """The final answer that `text` marks: the last \\boxed{}, else, on the last line, what stands
-    after #### or "Answer:" (or "A:", below other lines); None if it marks none, or if the last box
-    does not close."""
-    box = _last_box(text)
-    if box is not None:
-        return text[box[1] : box[2] - 1].strip()
+    """The final answer that `text` marks, after its thoughts: the last \\boxed{}, or several that
+    are one answer ("\\boxed{2} and \\boxed{3}"), joined by commas; else what <answer> holds; else,
+    on the last line, what stands after #### or "Answer:" (or "A:", below other lines); None if it
+    marks none, or if the last box does not close."""
+    text = _spoken(text)
+    boxes = last_boxes(text)
+    if boxes:
+        return ", ".join(dict.fromkeys(boxes))
     if _BOX.search(text):
         return None
+    _, tag, rest = text.rpartition("<answer>")
+    if tag:
+        return rest.partition("</answer>")[0].strip() or None
     above, _, line = text.strip().rpartition("\n")
     mark = _HASHES.match(line)  # higher up it is a heading of markdown
     line = line[mark.end() :] if mark else line
@@ -45,6 +100,23 @@ def extract_answer(text: str) -> str | None:
         return None
     line = line[label.end() :] if label else line
     return line.strip().lstrip("* ").removesuffix("**").rstrip() or None
+
+
+def _spoken(text: str) -> str:
+    """What follows the thoughts; "" if they do not end. A box without an answer is no box."""
+    if "<" in text or "[" in text or "\u25c1" in text:
+        ends = [match.end() for match in _THOUGHTS_END.finditer(text)]
+        if ends:
+            text = text[ends[-1] :]
+        elif _THOUGHTS.match(text):
+            return ""
+    return _EMPTY_BOX.sub("", text) if "\\" in text else text
+
+
+def without_opening(text: str) -> str:
+    """`text` without the mark that opens its thoughts: if they do not end, all of it is judged."""
+    opening = _THOUGHTS.match(text)
+    return text[opening.end() :] if opening else text
 
 
 def quick_verdict(given: str, expected: str) -> Verdict | None:
@@ -70,97 +142,98 @@ def quick_verdict(given: str, expected: str) -> Verdict | None:
 
 
 def excerpt(text: str, answer: str | None) -> str | None:
-    """What math-verify needs to see of `text`, whose `extract_answer` is `answer`; None if nothing,
-    as where the last box does not close: an earlier one is not the final answer."""
-    box = _last_box(text)
-    if box is not None:  # with what stands before it, for answers like \boxed{2} and \boxed{3}
-        return text[max(box[0] - 200, 0) : box[2]]
+    """What a worker needs to see of `text`, whose `extract_answer` is `answer`; None if nothing, as
+    where the last box does not close: an earlier one is not the final answer."""
     if answer is not None:
         return f"\\boxed{{{answer}}}"
+    text = _spoken(text)
     return None if _BOX.search(text) or not text.strip() else text[-MAX_CHARS:]
 
 
 def judge(text: str, answer: str) -> Verdict:
-    """The verdict on an `excerpt`; "unparsable" if either side holds no answer."""
+    """The verdict on an `excerpt`; "unparsable" if either side cannot be read."""
+    given = extract_answer(text)
+    if given is None:
+        alone = _FORMULA.fullmatch(text)
+        given = alone[1] if alone else None
+    if given is not None:
+        return _VERDICTS[_same(given, answer)]
+    return _judge_unmarked(text, answer)
+
+
+def _same(given: str, expected: str) -> bool | None:
+    from redi.data.equal import plain, same, trim
+    from redi.data.notation import align, rewrite
+
+    if plain(given) == plain(expected):
+        return True if plain(given) else None
+    pair = align(*(rewrite(trim(side)) for side in (given, expected)))
+    if pair is None:
+        return False
+    quick = quick_verdict(*pair)
+    return quick == "correct" if quick else same(*pair)
+
+
+def _judge_unmarked(text: str, answer: str) -> Verdict:
+    """The verdict on what math-verify takes for the answer of a text that marks none."""
+    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
-    from redi.data.notation import align, rewrite, unwrap
+    from redi.data.formula import same_read
+    from redi.data.notation import rewrite
 
-    # The box wins over phrases such as "the answer is". No time limit: see verify.py.
-    kinds = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-    box = _last_box(text)
+    rules = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
+    # No time limit: see verify.py.
+    kinds = [LatexExtractionConfig(normalization_config=rules), ExprExtractionConfig()]
+    last_line = text.strip().rpartition("\n")[2]
     try:
-        if box is None:
-            given = text = rewrite(text)
-            answer = rewrite(answer)
-        else:
-            given = text[box[1] : box[2] - 1]
-            if unwrap(given) != given or unwrap(answer) != answer:
-                a, b = (_SPACE.sub("", unwrap(side)) for side in (given, answer))
-                if a and (a == b or (_WORD.search(a) and a.casefold() == b.casefold())):
-                    return "correct"
-            pair = align(rewrite(given), rewrite(answer))
-            if pair is None:
-                return "wrong"
-            given, answer = pair
-            quick = quick_verdict(given, answer)
-            if quick:
-                return quick
-            text = f"{rewrite(text[: box[1]])}{given}}}"
-        gold = parse(f"\\boxed{{{answer}}}", kinds, parsing_timeout=None, raise_on_error=True)
-        found = parse(text, kinds, parsing_timeout=None, raise_on_error=True)
-        if not gold or not found:
-            return "unparsable"
-        return "correct" if _is_equal(gold, found, "%" in given + answer) else "wrong"
-    except Exception:  # parsers fail in many ways on text that holds no answer
-        return "unparsable"
+        text = re.sub(r"(?<=\bis )\+(?=\d)", "", text)  # it does not look for +7
+        found = parse(rewrite(text), kinds, parsing_timeout=None, raise_on_error=True)
+    except Exception:  # it fails in many ways on text that holds no answer
+        found = []
+    numbers = _ANY_NUMBER.findall(last_line)
+    given = (
+        [x for x in found if isinstance(x, str)]
+        or _BOLD_NUMBER.findall(last_line)[-1:]
+        or (numbers if len(numbers) == 1 and not found else [])
+    )
+    is_same = _same(given[0], answer) if given else None
+    if is_same is None and found and not isinstance(found[0], str):
+        is_same = same_read(found[0], rewrite(answer.strip("$")))
+    if is_same is False and re.search(
+        rf"(?<![\w.]){re.escape(answer.strip('$ '))}(?!\w)", last_line
+    ):
+        return "unparsable"  # we took another number of the last line for the answer
+    return _VERDICTS[is_same]
 
 
-def _is_equal(gold: list, found: list, has_percent: bool) -> bool:
-    """math-verify's comparison; then with i as the imaginary unit and sums worked out; never true
-    of two numbers that differ in six significant digits, where it rounds to six decimals."""
-    from math_verify import verify
-    from sympy import Basic, I, Integral, Product, Sum, Symbol
+def check(judge: Callable[[str, str], Verdict] = judge) -> str:
+    """What is wrong with the grader, in a sentence; "" if known pairs get their verdicts. Another
+    version of math-verify or sympy may read answers otherwise, or fail where errors are expected:
+    then right answers would be called unparsable and nothing would be said."""
+    for given, expected, right in KNOWN:
+        text = given if "$" in given else f"\\boxed{{{given}}}"
+        verdict = judge(text, expected)
+        if verdict != right:
+            from importlib.metadata import version
 
-    def compare(gold: list, found: list) -> bool:
-        settings = {"timeout_seconds": None, "raise_on_error": True}
-        return verify(gold, found, allow_set_relation_comp=True, **settings)
-
-    if compare(gold, found):
-        return has_percent or not _differ(gold[0], found[0])
-    if not all(isinstance(side[0], Basic) for side in (gold, found)):
-        return False
-    sides = [side[0] for side in (gold, found)]
-    if not any(x.has(Sum, Product, Integral) or "i" in map(str, x.free_symbols) for x in sides):
-        return False
-    for k, x in enumerate(sides):  # symbols that math-verify takes for real and for complex differ
-        names = {s: I if s.name == "i" else Symbol(s.name, real=True) for s in x.free_symbols}
-        sides[k] = x.subs(names).doit()
-    return compare(sides[:1], sides[1:])
+            names = ("math-verify", "latex2sympy2-extended", "sympy")
+            versions = ", ".join(f"{name} {version(name)}" for name in names)
+            return (
+                f"the grader cannot be trusted with {versions}: it calls {given} {verdict} where "
+                f"{expected} is expected, and it is {right}; install the versions that "
+                'pip install "reinforcement-distillation[data]" names'
+            )
+    return ""
 
 
-def _differ(a: Any, b: Any) -> bool:
-    """Whether both are numbers and not the same one: to six digits where a decimal is among them,
-    else to thirty."""
-    from sympy import Expr, Float
-
-    if not (isinstance(a, Expr) and isinstance(b, Expr) and a.is_number and b.is_number):
-        return False
-    if a.is_infinite or b.is_infinite:
-        return False
-    a, b = a.doit(), b.doit()
-    tolerance = 5e-6 if a.has(Float) or b.has(Float) else 1e-30
-    size = max(abs(a.evalf(40)), abs(b.evalf(40)))
-    return bool(abs((a - b).evalf(40)) > tolerance * size)
-
-
-def serve(judge: Callable[[str, str], Verdict]) -> None:
+def serve(judge: Callable[[str, str], Verdict], check: Callable[[], str] = str) -> None:
     """The worker: one JSON pair [text, answer] per line in, one verdict per line out, until EOF.
 
     Argument 1 is the parent's sys.path, argument 2 the seconds of computing allowed for one answer:
     the kernel ends a worker that takes more (SIGPROF), so that a verdict does not depend on what
     else the machine does. Argument 3 is the same by the clock, for a worker whose parent is gone;
-    the last is the grader.
+    the last is the grader. `check` says what is wrong with it, and then no worker starts.
     """
     import contextlib
     import logging
@@ -178,6 +251,9 @@ def serve(judge: Callable[[str, str], Verdict]) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)  # what libraries print must not reach the parent
     judge("\\boxed{x}", "1")  # imports, before the first clock starts
+    fault = check()
+    if fault:
+        sys.exit(fault)
     print("ready", file=out, flush=True)
     os.dup2(nowhere, 2)  # only a failed start is worth reading
     for line in sys.stdin:
@@ -189,18 +265,41 @@ def serve(judge: Callable[[str, str], Verdict]) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _last_box(text: str) -> tuple[int, int, int] | None:
-    """(start, start of its content, end) of the last \\boxed{...} if its braces close."""
+def last_boxes(text: str) -> list[str]:
+    """What the last \\boxed{...} holds, and those before it that belong to it; [] if it does not
+    close."""
     boxes = list(_BOX.finditer(text))
-    if not boxes:
-        return None
-    start, content = boxes[-1].span()
+    found: list[str] = []
+    after = len(text)  # where the box begins that was found before
+    for box in reversed(boxes[-MAX_BOXES:]):
+        end = _closing(text, box.end())
+        if end is None or end > after:  # a box around the one that was found
+            if not found:
+                return []
+            continue
+        if found and not _is_joined(text[end:after]):
+            break
+        found.append(re.sub(r"(?<!\\)\\\s*$", "", text[box.end() : end - 1]).strip())
+        after = box.start()
+    return found[::-1]
+
+
+def _closing(text: str, content: int) -> int | None:
     depth = 1
     for brace in _BRACE.finditer(text, content, content + MAX_CHARS):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            return start, content, brace.end()
+            return brace.end()
     return None
+
+
+def _is_joined(between: str) -> bool:
+    """Whether the boxes on both sides are one answer: nothing stands between them, or a few words
+    of the same sentence which take nothing back."""
+    words = re.findall(r"[a-zA-Z]+", re.sub(r"\\[a-zA-Z]+", " ", between))
+    if _BREAK.search(between) or len(words) > 6 or len(between) > 100:
+        return False
+    return not words or (len(words) <= 6 and not _TAKES_BACK.intersection(map(str.lower, words)))
 
 
 def _rllm(given: str, expected: str) -> Verdict:
@@ -210,4 +309,9 @@ def _rllm(given: str, expected: str) -> Verdict:
 
 
 if __name__ == "__main__":
-    serve(_rllm if sys.argv[-1] == "rllm" else judge)
+    if sys.argv[-1] == "rllm":
+        serve(_rllm)
+    elif sys.argv[-2] == "check":
+        serve(judge, check)
+    else:
+        serve(judge)

@@ -10,7 +10,7 @@ read is "unparsable"; neither counts as correct.
 import re
 from fractions import Fraction
 
-from redi.data.judge import Verdict, extract_answer
+from redi.data.judge import Verdict, last_boxes
 
 _UNITS = (
     *("degree", "cm", "centimeter", "meter", "mile", "second", "minute", "hour", "day", "week"),
@@ -35,7 +35,8 @@ def final_answer(text: str) -> str | None:
     r"""The last \boxed{} between the first `</think>` and the next one, if any."""
     _, mark, after = text.partition("</think>")
     answer = after.partition("</think>")[0]
-    return extract_answer(answer) if mark and re.search(r"\\(?:boxed|fbox)\s*\{", answer) else None
+    boxes = last_boxes(answer) if mark else []
+    return boxes[-1] if boxes else None
 
 
 def judge(given: str, expected: str) -> Verdict:

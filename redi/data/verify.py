@@ -143,7 +143,8 @@ class Verifier:
             self._slots.put(worker or self._start())
 
     def _start(self) -> "_Worker":
-        worker = _Worker(self.timeout, self.grader)
+        # All workers are of one installation: the first one judges the known pairs.
+        worker = _Worker(self.timeout, self.grader, is_first=not self._started)
         self._started.append(worker)
         return worker
 
@@ -170,10 +171,11 @@ class Verifier:
 class _Worker:
     """One process running judge.py, spoken to in lines. Made, it has only begun to start."""
 
-    def __init__(self, timeout: float, grader: Grader) -> None:
+    def __init__(self, timeout: float, grader: Grader, *, is_first: bool = False) -> None:
         self.patience = _PATIENCE * timeout
         # -I: nothing of the environment or the current folder gets in front of the standard library
-        arguments = [json.dumps(sys.path), str(timeout), str(self.patience + 1), grader]
+        arguments = [json.dumps(sys.path), str(timeout), str(self.patience + 1)]
+        arguments += ["check" if is_first else "", grader]
         self._process = subprocess.Popen(
             [sys.executable, "-I", str(WORKER), *arguments],
             stdin=subprocess.PIPE,

@@ -1,5 +1,6 @@
 """What goes out is what came in, but for what was trained."""
 
+import functools
 import json
 import os
 import stat
@@ -10,7 +11,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from starts import FAMILIES, make_start, settings_for
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from redi.config import TrainConfig
 from redi.export import export, whole_weights
@@ -97,7 +98,7 @@ def test_dropout_goes_out_as_it_came(tmp_path):
 
 
 def test_the_generation_config_is_the_starts_and_the_templates_stop(tmp_path):
-    """Even one that transformers refuses to write: a temperature without sampling."""
+    """Even one that contradicts itself: a temperature without sampling."""
     start = make_start(tmp_path / "start")
     came = {"eos_token_id": [5, 7], "temperature": 0.6, "top_p": 0.9, "do_sample": False,
             "bos_token_id": 1, "pad_token_id": 11}  # fmt: skip
@@ -109,6 +110,46 @@ def test_the_generation_config_is_the_starts_and_the_templates_stop(tmp_path):
     went = read_json(exported(start, output_dir=str(tmp_path / "b")), "generation_config.json")
     assert went["eos_token_id"] == [3]
     assert went["pad_token_id"] == 0
+
+
+def test_a_model_from_scratch_stops_where_the_template_does(tmp_path):
+    """Not at the token that its class's config happens to name."""
+    architecture = tiny.architecture("llama")
+    del architecture["eos_token_id"]
+    assert AutoConfig.for_model("llama").eos_token_id == 2
+    out = train(tiny.train_settings(tmp_path, architecture=architecture, max_steps=1)).output_dir
+    assert read_json(out, "generation_config.json")["eos_token_id"] == [3]
+
+
+def test_tensors_keep_their_dtypes_in_several_files(tmp_path, monkeypatch):
+    start = make_start(tmp_path / "start", dtype=torch.bfloat16)
+    came = load_file(start / "model.safetensors")
+    name = "model.layers.1.mlp.gate_proj.weight"
+    came[name] = came[name].float() + 1e-5
+    save_file(came, start / "model.safetensors", {"format": "pt"})
+    own = PreTrainedModel.save_pretrained
+    in_parts = functools.partialmethod(own, max_shard_size="30KB")
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", in_parts)
+    out = exported(start)
+    index = read_json(out, "model.safetensors.index.json")
+    files = set(index["weight_map"].values())
+    went = {k: v for file in files for k, v in load_file(out / file).items()}
+    assert len(files) > 2 and went.keys() == came.keys() == index["weight_map"].keys()
+    assert all(went[k].dtype == v.dtype and torch.equal(went[k], v) for k, v in came.items())
+    assert index["metadata"]["total_size"] == sum(v.nbytes for v in came.values())
+    assert {stat.S_IMODE((out / file).stat().st_mode) & 0o77 for file in files} != {0}
+
+
+def test_templates_by_name_go_along_twice(tmp_path):
+    """They have a folder, which is there already where an export was killed."""
+    start = make_start(tmp_path / "start")
+    by_name = {"default": tiny.TEMPLATE, "tool_use": tiny.TEMPLATE + "{# tools #}"}
+    tokenizer = tiny.make_tokenizer(template=by_name)
+    tokenizer.save_pretrained(start)
+    for _ in range(2):
+        out = exported(start)
+        assert AutoTokenizer.from_pretrained(out).chat_template == by_name
+        assert not (out / "export.tmp").exists()
 
 
 def test_files_are_as_readable_as_others(tmp_path):
@@ -151,6 +192,49 @@ def test_positions_are_said_in_the_old_words_too(tmp_path, family, came):
     assert {k: went[k] for k in came} == came
     both = [AutoConfig.from_pretrained(folder).rope_parameters for folder in (start, out)]
     assert both[0] == both[1]
+
+
+@pytest.mark.parametrize(
+    ("family", "old", "new"),
+    [
+        ("qwen3_moe", {"num_experts": 4}, {}),
+        ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 20000},
+         {"partial_rotary_factor": 0.5, "rope_theta": 20000}),
+    ],
+)  # fmt: skip
+def test_what_has_another_name_now_is_said_in_the_old_one_too(tmp_path, family, old, new):
+    """4.57 does not look for the new one, and takes its own default."""
+    start = make_start(tmp_path / "start", family, **old)
+    written = read_json(start)
+    for name in ("rope_parameters", "num_local_experts"):
+        written.pop(name, None)
+    (start / "config.json").write_text(json.dumps(written | old | {"torch_dtype": "float16"}))
+    read = lambda folder: AutoConfig.from_pretrained(folder).to_dict()
+    came, out = read(start), exported(start, dtype="bfloat16")
+    went = read_json(out)
+    assert {k: went[k] for k in old} == old and "torch_dtype" not in went
+    assert {k: read(out)["rope_parameters"][k] for k in new} == new
+    differing = {key for key, value in read(out).items() if came.get(key) != value}
+    also = {"rope_theta", "rope_scaling", "partial_rotary_factor"}  # said beside, and not read
+    assert differing <= {"dtype", "_name_or_path", "transformers_version"} | also
+
+
+def test_an_old_name_is_said_though_the_start_has_the_new_one_alone(tmp_path):
+    start = make_start(tmp_path / "start", "qwen3_moe")
+    written = read_json(start)
+    written["num_local_experts"] = written.pop("num_experts", 4)
+    (start / "config.json").write_text(json.dumps(written))
+    assert read_json(exported(start))["num_experts"] == 4
+
+
+def test_an_old_word_for_what_a_recipe_changes_is_not_kept(tmp_path):
+    start = make_start(tmp_path / "start", "gpt_neox")
+    written = read_json(start)
+    del written["rope_parameters"]
+    (start / "config.json").write_text(json.dumps(written | {"rotary_emb_base": 20000}))
+    went = read_json(exported(start, rope_theta=3e5))
+    assert went["rope_theta"] == went["rope_parameters"]["rope_theta"] == 3e5
+    assert went.get("rotary_emb_base", 3e5) == 3e5
 
 
 def test_the_tokenizer_keeps_its_class_and_special_tokens(tmp_path):

@@ -18,9 +18,10 @@ def bench_is_importable(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
 
 
-# A body of another name; a decoder inside the body; blocks that drop attention's keywords; a
-# language model inside a multimodal one; a config that does not read the old names of its rope.
-@pytest.mark.parametrize("family", ["gpt2", "opt", "nemotron", "gemma3", "gemma4_text"])
+# A body of another name, a head too; a decoder inside the body; blocks that drop attention's
+# keywords; a language model inside a multimodal one; a config that does not read the old names of
+# its rope.
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "nemotron", "gemma3", "gemma4_text"])
 def test_parts_are_found_by_structure(family):
     from family_checks import check_family
 
@@ -71,6 +72,29 @@ def test_blocks_are_the_language_models():
     assert anatomy.output_layer(lm) is lm.lm_head
     with pytest.raises(TypeError, match="no causal LM"):
         anatomy.body_of(torch.nn.Linear(2, 2))
+
+
+class Stub(torch.nn.Module):
+    """A head of another name, and an encoder beside the decoder that is larger than it."""
+
+    def __init__(self):
+        super().__init__()
+        linear, several = torch.nn.Linear, torch.nn.ModuleList
+        self.model = torch.nn.ModuleDict({"vision": several([linear(9, 9)]), "text": linear(2, 2)})
+        self.model["text"].layers = several([linear(2, 2)])
+        self.embed_out = linear(2, 5)
+
+    def get_decoder(self):
+        return self.model["text"]
+
+    def get_output_embeddings(self):
+        return self.embed_out
+
+
+def test_parts_of_any_name():
+    lm = Stub()
+    assert anatomy.output_layer(lm) is lm.embed_out
+    assert anatomy.blocks_of(lm) is lm.model["text"].layers
 
 
 def test_a_mixture_of_experts_is_planned_in_float32(tmp_path):

@@ -1,20 +1,23 @@
 """Right families are accepted, wrong ones refused or run one trace at a time, by the numbers."""
 
+import json
+
 import numpy as np
 import pytest
 import tiny
 import torch
 from redi_kernels import modelcheck
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2ForCausalLM, Trainer
 
 from redi import selfcheck
 from redi.data.pack import pack_traces
 from redi.data.tokenize import Trace
+from redi.distributed import Ranks
 from redi.errors import RediError
 from redi.model import PackedLM, _drop_nothing, load_model, load_model_config, sequence_logps
 from redi.monitor import read_metrics
 from redi.recipe import make_config
-from redi.train import TrainConfig, make_optimizer, train
+from redi.train import Loop, TrainConfig, make_optimizer, train
 
 CPU = torch.device("cpu")
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}
@@ -198,6 +201,36 @@ def test_nested_configs_are_read_and_written(tmp_path):
     assert selfcheck.counts_over_packs(found, 79) is None
 
 
+def test_positions_of_a_nested_config_limit_the_traces(tmp_path):
+    from starts import make_start, settings_for
+
+    start = make_start(tmp_path / "start", "gemma3")
+    file = start / "config.json"
+    content = json.loads(file.read_text())
+    content["text_config"]["max_position_embeddings"] = 20
+    file.write_text(json.dumps(content))
+    with pytest.raises(RediError, match=r"tokens in a trace, 20 positions in the model"):
+        train(settings_for(start))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+def test_an_indexers_choice_is_refused_where_it_begins(family):
+    """Below, it chooses all keys."""
+    config = AutoConfig.for_model(family, index_topk=64)
+    selfcheck.refuse_untold(config, 64)
+    with pytest.raises(RediError, match="attends to the 64 keys that an indexer chooses"):
+        selfcheck.refuse_untold(config, 65)
+
+
+def test_packs_that_reach_where_positions_count_are_not_made():
+    """Longer than the checks' own: nothing but the config tells."""
+    lm = build("llama4_text", **LLAMA4, floor_scale=500, no_rope_layers=[0, 0, 0])
+    model = selfcheck.compare_with_own(lm, PackedLM, CPU)
+    assert selfcheck.keep_apart(model, 499) is None
+    assert "counts positions over the whole pack" in selfcheck.keep_apart(model, 500, check=False)
+    assert model.pack_size(500) == 1
+
+
 def test_rope_of_each_kind_of_layer_is_read():
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     config = build("gemma3_text").config
@@ -263,6 +296,26 @@ def test_routers_that_draw_draw_alike_when_resumed(tmp_path):
     assert [row["loss"] for row in whole] == [row["loss"] for row in cut]
 
 
+def test_noise_is_a_function_of_seed_step_and_rank():
+    """What routers draw: the same whenever a step is done again, and never another's."""
+
+    def drawn(seed, step, rank):
+        loop = object.__new__(Loop)
+        loop.config = TrainConfig(architecture={}, dataset_name="d", output_dir="o", seed=seed,
+                                  tokenizer_name_or_path="t")  # fmt: skip
+        loop.ranks = Ranks(rank, 2, torch.device("cpu"))
+        torch.manual_seed(torch.seed())
+        before = torch.get_rng_state()
+        with loop.seeded(step):
+            noise = torch.rand(4)
+        assert torch.equal(torch.get_rng_state(), before)
+        return tuple(noise.tolist())
+
+    places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (11, 1, 1), (1, 11, 1)]
+    assert len({drawn(*place) for place in places}) == len(places)
+    assert drawn(1, 2, 0) == drawn(1, 2, 0)
+
+
 def test_a_family_without_checkpointing_says_so(tmp_path):
     architecture = tiny.architecture("jetmoe", **MOE)
     with pytest.raises(RediError, match="gradient_checkpointing: full: JetMoeForCausalLM does not"):
@@ -278,6 +331,16 @@ def test_norms_that_are_matrices_do_not_decay(tmp_path):
     assert any(p.ndim == 2 for p in norms)
     assert {id(p) for p in norms} <= {id(p) for p in kept}
     assert all(p.ndim >= 2 for p in decayed)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "cohere", "recurrent_gemma", "gpt_oss"])
+def test_what_decays_is_what_transformers_decays(tmp_path, family):
+    """But for its vectors: biases of experts and of gates are matrices, and do not."""
+    lm = build(family, **{"cohere": {"use_qk_norm": True}, "gpt_oss": MOE}.get(family, {}))
+    (group, _) = make_optimizer(PackedLM(lm), recipe(tmp_path)).param_groups
+    names = Trainer.get_decay_parameter_names(None, lm)
+    theirs = {id(p) for name, p in lm.named_parameters() if name in names and p.ndim >= 2}
+    assert {id(p) for p in group["params"]} == theirs
 
 
 def test_a_scored_hybrid_is_scored_one_trace_at_a_time():

@@ -133,6 +133,85 @@ def test_a_start_that_is_not_whole_is_one_line(start, harm, words):
     assert "\n" not in str(error.value)
 
 
+def generation(content):
+    return lambda start: (start / "generation_config.json").write_text(content)
+
+
+def settings(**changes):
+    def change(start):
+        file = start / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (generation("{"), r"generation_config.json: cannot be read as JSON"),
+        (generation("[1]"), r"generation_config.json: holds no JSON object"),
+        (generation('{"eos_token_id": [[3]]}'), r"eos_token_id is no token id or list of them"),
+        (generation('{"eos_token_id": "3"}'), r"eos_token_id is no token id or list of them"),
+        (settings(hidden_size="a"), r"Validation error for field 'hidden_size': TypeError: Field"),
+        (settings(model_type="new"), r"no model could be loaded \(.*model type `new`"),
+    ],
+)
+def test_settings_that_cannot_be_are_said_before_training(start, harm, words):
+    harm(start)
+    with pytest.raises(RediError, match=words) as error:
+        load(start)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": "a"}, {"model_type": "new"}])
+def test_an_architecture_that_cannot_be_is_one_line(tmp_path, changes):
+    architecture = tiny.architecture() | changes
+    with pytest.raises(RediError, match="architecture: no model could be loaded") as error:
+        load_model(
+            make_config(TrainConfig, tiny.train_settings(tmp_path), "test").model_copy(
+                update={"architecture": architecture}
+            )
+        )
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"), [("[1]", "tokenizer_config.json holds no JSON object"), ("{", "Expecting")]
+)
+def test_a_tokenizer_that_cannot_be_read_is_one_line(start, content, why):
+    (start / "tokenizer_config.json").write_text(content)
+    with pytest.raises(RediError, match=rf"no tokenizer could be loaded \({why}"):
+        train(settings_for(start))
+
+
+def test_a_template_that_is_no_text_is_named(start, tmp_path):
+    (tmp_path / "a.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(RediError, match=r"chat_template: .*a.jinja: cannot be read as text"):
+        train(settings_for(start, chat_template=str(tmp_path / "a.jinja")))
+
+
+def test_no_pickle_of_a_hub_name_is_opened(start, monkeypatch):
+    """Of which there is no folder to look into beforehand."""
+    opened = []
+    torch.save(load_file(start / "model.safetensors"), start / "pytorch_model.bin")
+    (start / "model.safetensors").unlink()
+    monkeypatch.setattr("redi.start.check_folder", lambda folder: None)
+    monkeypatch.setattr(torch, "load", lambda *args, **_: opened.append(args))
+    with pytest.raises(RediError, match="no model could be loaded"):
+        load(start)
+    assert not opened
+
+
+def test_an_adapter_of_a_hub_name_is_refused(start, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    adapter = get_peft_model(tiny.make_lm(), LoraConfig(target_modules=["q_proj"]))
+    adapter.save_pretrained(start)
+    monkeypatch.setattr("redi.start.check_folder", lambda folder: None)
+    with pytest.raises(RediError, match="an adapter lies there"):
+        load(start)
+
+
 def test_an_evaluation_refuses_them_too(start, tmp_path):
     from redi.evaluation.evaluate import _load
 
@@ -176,8 +255,17 @@ def test_no_source_is_written_over(start, tmp_path):
 
 def test_a_model_of_others_is_not_written_over(start, tmp_path):
     other = make_start(tmp_path / "other")
-    with pytest.raises(RediError, match=r"holds a model already \(config.json\)"):
+    with pytest.raises(RediError, match=r"holds config.json already, which no run of redi left"):
         train(settings_for(start, output_dir=str(other)))
+
+
+@pytest.mark.parametrize("name", ["README.md", "tokenizer.json", "generation_config.json"])
+def test_no_file_of_others_is_written_over(start, tmp_path, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("mine")
+    with pytest.raises(RediError, match=rf"holds {name} already"):
+        train(settings_for(start, output_dir=str(tmp_path / "mine")))
+    assert (tmp_path / "mine" / name).read_text() == "mine"
 
 
 @pytest.mark.parametrize(

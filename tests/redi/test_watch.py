@@ -6,21 +6,26 @@ import re
 import sys
 import time
 import types
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
 import tiny
 import torch
+from redi_kernels.logprobs import Fast
 
 import redi
+import redi.train as train_module
 from redi import monitor
+from redi.config import TrainConfig
 from redi.data.pack import pack_traces
 from redi.data.tokenize import Trace
 from redi.errors import RediError
-from redi.meter import Meter, model_flops, peak_flops
+from redi.meter import Meter, idle_weights, model_flops, peak_flops
 from redi.model import PackedLM
 from redi.monitor import TrainState, read_metrics
 from redi.objectives import PackLoss, StepCounts
+from redi.plan import describe
 from redi.screen import Screen
 from redi.train import train
 from redi.vitals import NUM_SUMS, PROBE_TRACES, entropy_sums, pack_sums, step_means
@@ -317,3 +322,48 @@ def test_ticker_tells_the_time_left_at_the_pace_since_its_first_call(monkeypatch
     clock[0] = 180.0
     tick(7000)
     assert capsys.readouterr().err == "rows  7,000\n"
+
+
+def test_fast_figures_are_means_over_a_steps_tokens(tmp_path, monkeypatch):
+    """Whatever the packs: of tokens of which each lost a tenth of its log-prob's size."""
+    make, told = train_module.make_objective, []
+
+    def telling(config):
+        def objective(counts, x_TH, w_VH, pack, options):
+            out = make(config)(counts, x_TH, w_VH, pack, options)
+            share = out.logp_T.new_tensor(pack.num_targets / 1000)
+            told.append((pack.num_targets, float(-out.logp_T.sum())))
+            fast = Fast(dropped_T=-out.logp_T / 10, active=share, error=2 * share)
+            return replace(out, fast=fast)
+
+        return objective
+
+    monkeypatch.setattr(train_module, "make_objective", telling)
+    train(tiny.train_settings(tmp_path, loss_tolerance=2.0, max_steps=1))
+    (row,) = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert len({number for number, _ in told}) > 1
+    total = sum(number for number, _ in told)
+    active = sum(number * number / 1000 for number, _ in told) / total
+    assert row["fast/dropped"] == pytest.approx(sum(lost for _, lost in told) / 10 / total)
+    assert (row["fast/active"], row["fast/error"]) == pytest.approx((active, 2 * active))
+
+
+@pytest.mark.parametrize(
+    ("family", "experts"),
+    [
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 1, "pad_token_id": 0}),
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 16}),
+    ],
+)
+def test_experts_that_a_token_is_not_sent_to_cost_nothing(family, experts, tmp_path):
+    """In MFU, and in what a plan says of the hours: three of four here."""
+    lm = tiny.make_lm(family, **experts)
+    in_experts = sum(p.numel() for n, p in lm.named_parameters() if ".experts." in n)
+    assert in_experts > 0 and idle_weights(lm) == in_experts * 3 / 4
+    whole = tiny.make_lm(family, **{**experts, "num_experts_per_tok": 4})
+    assert idle_weights(whole) == 0
+    assert model_flops(whole, [7]) - model_flops(lm, [7]) == 6 * 7 * in_experts * 3 / 4
+    architecture = tiny.architecture(family, **experts)
+    text = describe(TrainConfig(**tiny.train_settings(tmp_path, architecture=architecture)), gpus=0)
+    total = sum(p.numel() for p in lm.parameters())
+    assert f"{total:,} parameters, {total - in_experts * 3 // 4:,} active" in text

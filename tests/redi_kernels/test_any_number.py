@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from redi_kernels import LossHead, dpo_loss, redi_loss, sft_loss, simpo_loss, token_logprobs
+from redi_kernels import LossHead, cpu, dpo_loss, redi_loss, sft_loss, simpo_loss, token_logprobs
 from redi_kernels.logprobs import weighted_logprobs
 from torch._dynamo.utils import counters
 
@@ -25,7 +25,11 @@ W_VH = torch.randn(V, H, generator=torch.Generator().manual_seed(0), requires_gr
 BIAS = torch.randn(V, generator=torch.Generator().manual_seed(1), requires_grad=True)
 LOSSES = {
     "sft": (lambda x, w, y, cu, chosen: sft_loss(x, w, y).loss, 1),
-    "sft, bias, num_valid": (lambda x, w, y, cu, chosen: sft_loss(x, w, y, bias=BIAS).loss, 1),
+    "sft, bias, num_valid": (
+        lambda x, w, y, cu, chosen: sft_loss(
+            x, w, y, bias=BIAS, num_valid=y.shape[0] - (y.shape[0] + 2) // 3  # every third is none
+        ).loss, 1
+    ),
     "redi": (lambda x, w, y, cu, chosen: redi_loss(x, w, y, cu, chosen).loss, 1),
     "redi, floor": (
         lambda x, w, y, cu, chosen: redi_loss(x, w, y, cu, chosen, rejected_floor=-4.0).loss, 1
@@ -92,6 +96,24 @@ def _near(found, truth, limit):
         assert (a.double() - b.double()).norm() <= limit * b.double().norm()
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_rows_ruled_out_before_all_others(backend, monkeypatch):
+    """A whole first group of the vocabulary at -inf is as if it was not there."""
+    monkeypatch.setattr(cpu, "GROUP_BYTES", 4096)  # groups of two rows and more
+    x_TH, y_T, *_ = packed(12)
+    y_T = torch.where(y_T == -100, y_T, 40 + y_T % 10)
+    bias = torch.zeros(V)
+    bias[:40] = -math.inf
+    outs, grads = [], []
+    for w_VH, y, b in ((W_VH, y_T, bias), (W_VH[40:], y_T - 40 * (y_T >= 0), None)):
+        out = token_logprobs(x_TH, w_VH, y, bias=b, backend=backend)
+        outs.append((out.logp_T, out.lse_T, out.entropy_T))
+        for loss in (out.logp_T.sum(), sft_loss(x_TH, w_VH, y, bias=b, backend=backend).loss):
+            grads.append(torch.autograd.grad(loss, x_TH)[0])
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(grads[:2], grads[2:])
+
+
 @pytest.mark.parametrize("path", ["primitive", "fused"])
 @pytest.mark.parametrize("m", [math.inf, 1e8])
 def test_no_weight_is_no_gradient_whatever_the_log_prob(path, m):
@@ -133,6 +155,32 @@ def test_a_pair_whose_rejected_trace_cannot_be_has_the_margin_of_its_sums():
     assert out.margins[0] == -math.inf and out.loss == math.inf
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("T", [12, 24], ids=["one pair", "two"])
+def test_a_beta_of_0_compares_nothing(T, backend):
+    """Whatever the log-probs."""
+    x_TH, y_T, cu_seqlens, chosen = packed(T, T // 6)
+    bias = torch.zeros(V)
+    bias[7] = -math.inf
+    y_T[y_T == 7] = 8
+    y_T[-1] = 7
+    args = x_TH, W_VH, y_T, cu_seqlens, chosen
+    options = {"beta": 0.0, "bias": bias, "backend": backend}
+    out = dpo_loss(*args, torch.zeros(len(chosen)), **options)
+    assert out.loss.item() == pytest.approx(math.log(2)) and not out.margins.any()
+    assert not torch.autograd.grad(out.loss, x_TH)[0].any()
+    out = simpo_loss(*args, gamma=1.0, **options)
+    assert (out.margins == -1).all()
+    assert not torch.autograd.grad(out.loss, x_TH)[0].any()
+
+
+def test_a_reference_that_rules_a_trace_out():
+    x_TH, y_T, cu_seqlens, chosen = packed(12, 2)
+    ref_S = torch.tensor([0.0, -math.inf])
+    assert dpo_loss(x_TH, W_VH, y_T, cu_seqlens, chosen, ref_S).margins[0] == -math.inf
+    assert dpo_loss(x_TH, W_VH, y_T, cu_seqlens, chosen, ref_S, beta=0.0).margins[0] == 0
+
+
 def test_nothing_to_count_is_0():
     x_TH, y_T, *_ = packed(9)
     out = sft_loss(x_TH, W_VH, torch.full_like(y_T, -100), num_tokens=torch.tensor(0))
@@ -158,7 +206,8 @@ def test_what_is_no_number_is_refused(name, value):
         "gamma": lambda: simpo_loss(*every, gamma=value),
         "floor": lambda: redi_loss(*every, rejected_floor=value),
     }
-    with pytest.raises((TypeError, ValueError), match=name):
+    said = f"{name}.* is a tensor" if isinstance(value, torch.Tensor) else name
+    with pytest.raises((TypeError, ValueError), match=said):
         calls[name]()
     if name in ("logit_scale", "softcap"):
         with pytest.raises((TypeError, ValueError), match=name):

@@ -421,6 +421,18 @@ def test_the_report_is_true(dtype, likely, cap, source) -> None:
         assert truth < report.error < 4 * truth
 
 
+def test_the_estimate_is_from_above() -> None:
+    """Of calls that leave much out and calls that leave little: never below 0.9 of the error."""
+    for seed in range(12):
+        options = [{}, {"bias": True}, {"softcap": 20.0}, {"logit_scale": 1.5}][seed % 4]
+        size = (300, 800, 1500)[seed % 3], (1500, 3000)[seed % 2], (48, 96)[seed % 2]
+        problem = text(torch.float32, *size, likely=(0.1, 0.3, 0.6)[seed % 3], **options)
+        problem = replace(problem, y_T=problem.y_T.roll(seed))
+        tolerance = (1.0, 2.0, 4.0, 8.0)[seed // 3]
+        (got, report), (exact, _) = fused(problem, tolerance), fused(problem, 0)
+        assert report.error >= 0.9 * errors(got.dx_TH, exact.dx_TH).rms, (seed, report.active)
+
+
 def test_the_plan() -> None:
     """Smallest first up to the limit's energy; a target without weight is active, and so is NaN."""
     s_V = torch.tensor([0.0, 5.0, 0.5, 0.5, 0.7, 1.2, torch.nan, 0.0])
@@ -570,10 +582,12 @@ def test_compiled_equals_eager() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_short_calls_are_exact(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_and_narrow_calls_are_exact(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()  # as shipped
-    for T, is_exact in ((255, True), (300, False)):
-        problem = text(dtype, T, 1000, 64, likely=0.3)
+    for T, H, is_exact in ((255, 64, True), (300, 31, True), (300, 64, False)):
+        problem = text(dtype, T, 1000, H, likely=0.3)
         problem = replace(problem, y_T=problem.y_T.clamp(min=0))
         result, report = fused(problem, 2.0)
         assert report is not None

@@ -25,7 +25,7 @@ def a_call(seed: int) -> tuple[Problem, float]:
         "seed": seed,
     }
     if draw.random() < 0.2:
-        H, peak = draw.choice([2, 8, 32]), draw.choice([6.0, 10.0])
+        H, peak = draw.choice([16, 32, 48]), draw.choice([6.0, 10.0])
         problem = make_problem(T, V, H, peak=peak, ignored=0.0, **head)
     else:
         H, likely = draw.choice([48, 64, 96, 128]), draw.choice([0.1, 0.2, 0.3])

@@ -248,14 +248,26 @@ def test_router_losses_of_a_nested_config_are_refused(batch):
         patch(unpatch(lm))
 
 
-def test_a_hook_on_the_head_is_found(batch):
-    """It would change the logits, which the loss never makes."""
+@pytest.mark.parametrize(
+    "kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+)
+def test_a_hook_on_the_head_is_found(batch, kind):
+    """It would change the logits, which the loss never makes, or their gradient."""
     lm = patch(tiny.make_lm())
-    hook = lm.lm_head.register_forward_hook(lambda module, args, out: out * 2)
+    hook = getattr(lm.lm_head, f"register_{kind}")(lambda *_: None)
     with pytest.raises(TypeError, match="lm_head has a hook"):
         lm(**batch)
     hook.remove()
     lm(**batch)
+
+
+def test_a_head_whose_forward_was_replaced_is_found(batch):
+    """As tools do that cast or scale what a module returns."""
+    lm = patch(tiny.make_lm())
+    own = lm.lm_head.forward
+    lm.lm_head.forward = lambda x: own(x) * 2
+    with pytest.raises(TypeError, match="lm_head has a hook"):
+        lm(**batch)
 
 
 def test_packs_are_refused_where_they_mix_traces(batch):

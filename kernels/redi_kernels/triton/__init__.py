@@ -71,7 +71,7 @@ def gradients(
     with launch.on_device(x_NH):
         problem = _problem(x_NH, w_VH, y_N, head)
         dlogp_N, dlse_N = _vector(dlogp_N), _vector(dlse_N)
-        if len(x_NH) >= fast_plan.LEAST_TOKENS:
+        if fast_plan.pays(*x_NH.shape):
             return fast.gradients(problem, dlogp_N, dlse_N, needs, tolerance)
         logp_N, lse_N, *_ = primitive.forward(problem)
         grads = primitive.backward(problem, logp_N, lse_N, dlogp_N, dlse_N, needs)

@@ -47,6 +47,10 @@ from redi.errors import RediError
         ("A: 1, B: 2", None),
         (r"maybe \boxed{4}, no: \boxed{5", None),
         (r"\boxed{4} #### \boxed{5", None),
+        (r"\boxed{4} and \boxed{5}", "4, 5"),
+        (r"\boxed{4}</think>So \boxed{5}", "5"),
+        (r"\boxed{4}</think>It is 5.", None),
+        ("<answer>5</answer>", "5"),
         ("It is 5.", None),
         ("", None),
     ],
@@ -91,6 +95,7 @@ def test_an_expected_answer_may_be_a_whole_solution(monkeypatch, answer):
         ("50%", "0.5", None),
         ("1,23", "123", None),
         ("12,34", "1234", None),
+        ("12, 345", "12345", None),
         ("1/2", "0.5", None),
         ("0.333333", "0.3333333", "correct"),
         ("0.3333334", "0.3333333", "wrong"),
@@ -206,8 +211,8 @@ def test_bad_workers_lose_only_their_own_item(hostile, num_workers, monkeypatch)
     answers = ["a", "die once", "b", "hang", "die twice", "c", "noise", "d"]
     processes, start = [], verify_module._Worker.__init__
 
-    def noted(worker, *args):
-        start(worker, *args)
+    def noted(worker, *args, **kwargs):
+        start(worker, *args, **kwargs)
         processes.append(worker._process)
 
     monkeypatch.setattr(verify_module._Worker, "__init__", noted)
@@ -256,7 +261,9 @@ def test_workers_start_together(hostile, monkeypatch):
 
     def noted(name):
         method = getattr(kind, name)
-        monkeypatch.setattr(kind, name, lambda *args: events.append(name) or method(*args))
+        monkeypatch.setattr(
+            kind, name, lambda *args, **how: events.append(name) or method(*args, **how)
+        )
 
     noted("__init__")
     noted("wait_until_ready")
@@ -320,6 +327,25 @@ def test_worker_that_does_not_start_is_reported(hostile):
     (hostile / "hostile.py").write_text("raise ImportError('no sympy here')")
     with pytest.raises(RediError, match=r"(?s)did not start: .*no sympy here"):
         verify(["x"], ["a"])
+
+
+def test_worker_that_cannot_be_trusted_does_not_start(hostile):
+    script = hostile / "hostile.py"
+    script.write_text(script.read_text().replace("serve(judge)", "serve(judge, lambda: 'no good')"))
+    with pytest.raises(RediError, match="no good"):
+        verify(["x"], ["a"])
+
+
+def test_known_pairs_are_judged_when_a_worker_starts(tmp_path, monkeypatch):
+    """A grader that gives another verdict on one of them does not start."""
+    script = tmp_path / "judge.py"
+    known = '("M/m", "m/M", "wrong")'
+    rules = verify_module.WORKER.read_text()
+    assert known in rules
+    script.write_text(rules.replace(known, known.replace("wrong", "correct")))
+    monkeypatch.setattr(verify_module, "WORKER", script)
+    with pytest.raises(RediError, match="cannot be trusted with math-verify"):
+        verify([r"\boxed{x}"], ["y"], num_workers=1)
 
 
 def test_missing_math_verify_says_what_to_install(monkeypatch):

@@ -292,6 +292,17 @@ def test_held_out_pairs_are_scored_as_the_models_own_logits_say(
     assert figures["gap"] == pytest.approx(figures["logps/chosen"] - figures["logps/rejected"])
 
 
+def test_a_model_that_gives_no_numbers_is_refused(config, tmp_path, no_algebra):
+    """By the problem, and nothing is graded."""
+    lm = make_lm("qwen2")
+    lm.model.layers[1].mlp.up_proj.weight.data[3] = torch.nan
+    lm.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(RediError, match=r"NaN or infinite \(problem q\d, after 0 new tokens\)"):
+        evaluate(tmp_path / "model", config, tmp_path / "out")
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
 def test_a_base_models_prompt_is_plain_text(config, tmp_path, monkeypatch):
     base = tmp_path / "base"
     make_lm("qwen2").save_pretrained(base)

@@ -68,6 +68,16 @@ def test_training_table_and_curves(root):
     assert len(page.paths) == 2 * (2 * 4 + 3)
 
 
+def test_what_fast_mode_left_out_is_shown(root):
+    fast = {"fast/active": 0.05, "fast/dropped": 0.002, "fast/error": 0.004}
+    assert "d(logits) computed" not in Page(write_run_page(root)).text
+    write_stage(root / "quick", [row | fast for row in metrics_rows(30)])
+    rows = Page(write_run_page(root)).table("stage", "d(logits) computed")
+    shown = {row["stage"]: [row[k] for k in ("d(logits) computed", "left out", "error of dX")]
+             for row in rows}  # fmt: skip
+    assert shown["quick"] == ["0.05", "0.002", "0.004"] and shown["sft"] == ["", "", ""]
+
+
 def test_warnings_name_stage_and_step(root):
     page = Page(write_run_page(root))
     assert "control: the collapse guard raised its first alarm at step 24." in page.text
