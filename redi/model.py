@@ -23,7 +23,7 @@ from redi.data.pack import Pack
 from redi.data.tokenize import with_template_arguments
 from redi.errors import RediError
 from redi.meter import attention_width, idle_weights
-from redi.start import check_json, first_line, read_causal_lm
+from redi.start import broken_json, first_line, read_causal_lm
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 Out = TypeVar("Out")
@@ -173,8 +173,7 @@ def load_tokenizer_from(name: str, **options: Any) -> Any:
         except (
             OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError
         ) as error:  # fmt: skip
-            check_json(folder)
-            why = first_line(error)
+            why = broken_json(folder) or first_line(error)
     # From a folder that has only config.json, transformers would make an empty tokenizer.
     raise RediError(
         f"{name}: no tokenizer could be loaded ({why}); "

@@ -52,8 +52,8 @@ def read_causal_lm(name: str, **options: Any) -> Any:
                 **options,
             )
     except Exception as error:  # of many kinds, and all of them about the files
-        check_json(Path(name))
-        raise RediError(f"{name}: no model could be loaded ({first_line(error)})") from None
+        why = broken_json(Path(name)) or first_line(error)
+        raise RediError(f"{name}: no model could be loaded ({why})") from None
     lm, info = loaded
     if getattr(lm, "_hf_peft_config_loaded", False):  # of a Hub name, whose files come one by one
         raise RediError(_adapter_words(name))
@@ -169,10 +169,16 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
-def check_json(folder: Path) -> None:
-    """Raises RediError that names the first .json file of a folder that cannot be read, if any."""
+def broken_json(folder: Path) -> str | None:
+    """Which .json file of a folder cannot be read, and why: transformers does not say which."""
     for file in sorted(folder.glob("*.json")):
-        read_json(file)
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            return f"{error}: {file.name}"
+        if "config" in file.name and not isinstance(content, dict):
+            return f"{file.name} holds no JSON object"
+    return None
 
 
 def first_line(error: Exception) -> str:
