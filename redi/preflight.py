@@ -10,15 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from redi.config import DataConfig, EvalConfig, TrainConfig
-from redi.data.files import find_files, holds_data, is_hub_name
+from redi.data.files import find_files, is_hub_name
 from redi.data.verify import check_installed
 from redi.errors import RediError
 from redi.evaluation.benchmarks import find_benchmark
 
 # Of a model: owner/name, or an old one's name.
 _REPOSITORY = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*")
-# What redi leaves in the folders of its runs, stages, builds and evaluations.
-OUR_MARKS = ("recipe.yaml", "train_result.json", "metrics.jsonl", "report.json", "evaluation.json")
 
 Made = Collection[Path]  # what earlier steps of the same job will have written by then
 
@@ -79,17 +77,29 @@ def check_build(config: DataConfig, tokenizer: str | None = None, made: Made = (
         check_folder("--tokenizer", tokenizer, "tokenizer")
 
 
-def is_a_path(name: str) -> bool:
+def is_a_path(name: str, kind: str = "model") -> bool:
     """Whether `name`, of which there is nothing here, was meant to be here all the same: it is not
-    of the form owner/name, or what should be an owner is a folder in which redi has worked. (Any
-    other folder may well have an owner's name: Qwen/ with a model out of Qwen's.)"""
+    of the form owner/name, or what should be an owner is a folder of this machine. Then the Hub is
+    only meant where its model or dataset of that name has been fetched before."""
     owner, slash, _ = name.partition("/")
-    return _REPOSITORY.fullmatch(name) is None or (bool(slash) and _has_our_work(Path(owner)))
+    if _REPOSITORY.fullmatch(name) is None:
+        return True
+    return bool(slash) and Path(owner).is_dir() and not _is_fetched(name, kind)
 
 
-def _has_our_work(folder: Path) -> bool:
-    folders = [folder, *folder.glob("*/")]
-    return any((inner / mark).exists() for inner in folders for mark in OUR_MARKS)
+def _is_fetched(name: str, kind: str) -> bool:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return (Path(HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}").is_dir()
+
+
+def _or_fetch(name: str, kind: str = "model") -> str:
+    """What to do where the Hub's was meant, and a folder here has its owner's name."""
+    owner, slash, _ = name.partition("/")
+    if not (slash and _REPOSITORY.fullmatch(name) and Path(owner).is_dir()):
+        return ""
+    kinds = "" if kind == "model" else f" --repo-type {kind}"
+    return f"; {owner}/ is a folder here: to use the Hub's, first run hf download {name}{kinds}"
 
 
 def check_data(field: str, name: str | None, made: Made = (), *, mix_splits: bool = False) -> None:
@@ -101,8 +111,8 @@ def check_data(field: str, name: str | None, made: Made = (), *, mix_splits: boo
             find_files(
                 name, mix_splits=mix_splits
             )  # of a name on the Hub it says, unasked, that `datasets` is missing
-        elif _has_our_work(owner := Path(name.partition("/")[0])) or holds_data(owner):
-            raise RediError(f"{name}: no such file or folder")
+        elif is_a_path(bare := re.split("[:@]", name)[0], "dataset"):
+            raise RediError(f"{name}: no such file or folder{_or_fetch(bare, 'dataset')}")
     except RediError as error:
         raise RediError(f"{field}: {error}") from None
 
@@ -125,5 +135,5 @@ def check_folder(field: str, name: str, what: str, made: Made = ()) -> None:
     if is_a_path(name):
         raise RediError(
             f"{field}: {name}: no {what} could be loaded (no such folder); correct the path, or "
-            "name one on the Hub as owner/name"
+            f"name one on the Hub as owner/name{_or_fetch(name)}"
         )

@@ -160,11 +160,6 @@ def is_hub_name(path: str | Path) -> bool:
     return bool(is_name) and not Path(path).exists()
 
 
-def holds_data(folder: Path) -> bool:
-    """Whether files that can be read as rows lie directly in it."""
-    return folder.is_dir() and any(_kind(file) not in (None, "json") for file in folder.iterdir())
-
-
 def name_of(file: Path, path: str | Path) -> str:
     """What a file of `path` is called: unique within it, and the same wherever the folder lies."""
     root = Path(path)

@@ -89,25 +89,29 @@ def test_a_bad_recipe_or_path_is_said_before_anything_heavy_is_loaded(tmp_path):
     assert heavy == []
 
 
-def test_a_folder_with_an_owners_name_does_not_make_its_models_paths(tmp_path, monkeypatch):
-    """Qwen/ may lie here with a model in it, and Qwen's other models are on the Hub all the same;
-    where redi's own runs lie, a name that is not there is mistyped."""
+def test_a_name_whose_owner_is_a_folder_here_is_a_path_unless_it_was_fetched(tmp_path, monkeypatch):
+    """runs/date is mistyped; Qwen/two is the Hub's, though Qwen/one lies here, once it is in its
+    cache: asked for by name, and not by a slip."""
+    from huggingface_hub import constants
+
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(preflight, "find_spec", lambda name: name)  # as if `datasets` were there
     tiny.make_lm().config.save_pretrained("Qwen/one")
-    for name in ("Qwen/two", "Qwen/one", "gpt2"):
+    for folder in ("runs/date-1", "raw", "cache/models--Qwen--two", "cache/datasets--raw--b"):
+        Path(folder).mkdir(parents=True)
+    for name in ("Qwen/two", "Qwen/one", "gpt2", "other/two"):
         preflight.check_model("model", name)
         preflight.check_folder("tokenizer", name, "tokenizer")
-    preflight.check_data("path", "Qwen/rows:main@train")
-    Path("runs/date-1").mkdir(parents=True)
-    Path("runs/date-1/metrics.jsonl").touch()
-    Path("raw").mkdir()
-    Path("raw/a.jsonl").touch()
-    for name in ("runs/date", "runs/date-1/sft", "./two", "a/b/c", "/two"):
+    for name in ("raw/b:main@train", "other/rows"):
+        preflight.check_data("path", name)
+    for name in ("Qwen/three", "runs/date", "runs/date-1/sft", "./two", "a/b/c", "/two"):
         with pytest.raises(RediError, match=f"model: {name}: no model could be loaded"):
             preflight.check_model("model", name)
-    for name in ("raw/b", "raw/b@train", "runs/b"):
-        with pytest.raises(RediError, match=f"path: {name}: no such file or folder"):
+    with pytest.raises(RediError, match="Qwen/ is a folder here.* first run hf download Qwen/four"):
+        preflight.check_model("model", "Qwen/four")
+    for name in ("raw/c", "raw/c@train", "runs/b"):
+        with pytest.raises(RediError, match=f"path: {name}: no such file or folder.*dataset"):
             preflight.check_data("path", name)
 
 
