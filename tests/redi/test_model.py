@@ -134,7 +134,7 @@ def test_a_named_models_own_config_is_used_where_weights_follow(tmp_path, monkey
     """A recipe's architecture stands in for it without them only: it may lack rope's scaling."""
     settings = config(tmp_path, model_name_or_path="some/hub-name")
     assert load_model(settings, device="meta").lm.config.vocab_size == tiny.BASE["vocab_size"]
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RediError, match=r"some/hub-name: no model could be loaded"):
         load_model(settings)
 

@@ -138,7 +138,10 @@ def test_a_changed_arm_is_refused(straight, tmp_path):
         run(make_config(RunConfig, settings, "test"))
 
 
-@pytest.mark.parametrize("moment", ["task", "data", "sft", "eval"])
+MOMENTS = ["sft", "eval", *(pytest.param(m, marks=pytest.mark.slow) for m in ("task", "data"))]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_and_run_again_is_bit_for_bit(straight, tmp_path, moment):
     """SIGKILL as soon as `moment` has begun; then the same command to the end."""
     file = write(tmp_path, recipe(tmp_path))

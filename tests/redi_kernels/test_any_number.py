@@ -42,7 +42,13 @@ LOSSES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LOSSES)
+QUICK = ("redi", "dpo", "log-probs")  # a compilation takes seconds
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LOSSES],
+)
 def test_one_graph_for_all_lengths(name):
     """At most two for losses of pairs, of which a single one takes the fused path."""
     torch._dynamo.reset()

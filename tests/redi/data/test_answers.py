@@ -33,7 +33,11 @@ def test_the_table_is_what_it_says():
     assert sum(row[4] == "unread" for row in ROWS) <= 50
 
 
-@pytest.mark.parametrize("part", range(12))
+# Every second row at once, the others with the slow tests: a minute of algebra each.
+PARTS = [pytest.param(k, marks=[pytest.mark.slow] * (k % 2)) for k in range(12)]
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_every_verdict_of_the_table(part):
     """What is marked `unread` is called unparsable, whatever it is; all else gets its verdict."""
     rows = ROWS[part::12]
