@@ -39,9 +39,9 @@ import yaml
 from safetensors.torch import load_file
 from warm import Ranks, warm_up
 
-from redi import checkpoint, distributed
 from redi.data.arithmetic import write_tokenizer
-from redi.monitor import timeless
+from redi.training import checkpoint, distributed
+from redi.training.logging import timeless
 
 STEPS, LIMIT = 12, 60.0  # steps of a run; seconds until a run counts as hung
 KILLS_A_RUN = 10
@@ -230,7 +230,7 @@ class Campaign:
 
 def watch(shared: Any, point: int) -> None:
     """In a child: notes the phase for the parent, and dies at the `point`-th operation in saves."""
-    from redi import train
+    from redi.training import loop
 
     def during(phase: int, owner: Any, name: str, after: Any = None) -> None:
         inner = getattr(owner, name)
@@ -245,14 +245,14 @@ def watch(shared: Any, point: int) -> None:
 
         setattr(owner, name, outer)
 
-    during(RESUMING, train.Loop, "resume", lambda _, state: setattr(shared, "resumed", state.step))
-    during(STEPPING, train.Loop, "run")
-    during(STEPPING, train.Loop, "step", lambda _, state: setattr(shared, "done", state.step))
+    during(RESUMING, loop.Loop, "resume", lambda _, state: setattr(shared, "resumed", state.step))
+    during(STEPPING, loop.Loop, "run")
+    during(STEPPING, loop.Loop, "step", lambda _, state: setattr(shared, "done", state.step))
     saved = lambda output_dir, model, optimizer, state, ranks: setattr(
         shared, "saved", state["step"]
     )
     during(SAVING, checkpoint, "save", saved)
-    during(EXPORTING, train, "export")
+    during(EXPORTING, loop, "export")
 
     def count(at_point: Any = lambda: None) -> None:
         if shared.phase == SAVING:

@@ -135,7 +135,7 @@ def make_exports(root: Path, family: str) -> list[Path]:
     """Of three stages."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from redi.train import train
+    from redi.training.loop import train
 
     make_start(root / "start", family)
     for kind in (AutoModelForCausalLM, AutoTokenizer):

@@ -19,13 +19,13 @@ from redi_kernels.hf import patch
 from tiny_families import perturb, tiny_config
 from torch import Tensor
 
-from redi import distributed
 from redi.config import TrainConfig
 from redi.data.arithmetic import write_tokenizer
 from redi.errors import RediError
-from redi.model import load_model, load_tokenizer
-from redi.plan import describe
-from redi.train import Loop, load_data, make_optimizer, train
+from redi.training import distributed
+from redi.training.loop import Loop, load_data, make_optimizer, train
+from redi.training.model import load_model, load_tokenizer
+from redi.training.plan import describe
 
 ALONE = distributed.Ranks(0, 1, torch.device("cpu"))
 MODES = ("none", "selective", "full", "offload")
@@ -184,7 +184,7 @@ class Reference:
 
     def _learn(self) -> None:
         """One trace at a time; the gradient of the first step is kept."""
-        from redi.schedule import Schedule
+        from redi.training.schedule import Schedule
 
         self.lm.train()
         schedule, optimizer = (

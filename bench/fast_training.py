@@ -31,10 +31,10 @@ from torch import Tensor
 
 from redi.config import DataConfig, RunConfig, TrainConfig
 from redi.data.build import build
-from redi.monitor import Callback, TrainState, read_metrics, say
 from redi.recipe import load_config, make_config
 from redi.run import run as run_recipe
-from redi.train import load_data, load_tokenizer, train
+from redi.training.logging import Callback, TrainState, read_metrics, say
+from redi.training.loop import load_data, load_tokenizer, train
 
 LONGEST = 160  # tokens; longer traces are left out
 HELD_OUT = 32  # pairs

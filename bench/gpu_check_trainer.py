@@ -121,7 +121,7 @@ class Bench:
 
     def finish(self, name: str) -> list[dict]:
         """The metrics; the weights go, so that the disk holds one run at a time."""
-        from redi.monitor import read_metrics
+        from redi.training.logging import read_metrics
 
         rows = read_metrics(self.folder / name / "metrics.jsonl")
         shutil.rmtree(self.folder / name)
@@ -129,7 +129,7 @@ class Bench:
 
     def killed(self, name: str) -> list[dict]:
         """SIGKILL once the step after the first save is logged, then the same command again."""
-        from redi.monitor import read_metrics
+        from redi.training.logging import read_metrics
 
         settings = self.settings(name)
         command = self.command(settings)
@@ -173,7 +173,7 @@ def compare(got: list[dict], want: list[dict], steps: int) -> tuple[Values, bool
 def memory(bench: Bench, rows: list[dict], gpus: int, rehearse: bool) -> tuple[Values, bool]:
     """Measured within a tenth of the plan; a rehearsal's CPU has no such measure."""
     from redi.config import TrainConfig
-    from redi.plan import GIB, Planner
+    from redi.training.plan import GIB, Planner
 
     planned = Planner(TrainConfig(**bench.settings("plan"))).memory(gpus).peak / GIB
     measured = max(row["memory/peak_gib"] for row in rows)
@@ -233,8 +233,8 @@ def cannot(missing: str) -> tuple[Values, bool]:
 
 
 def worker(recipe: str, sdpa: bool) -> None:
-    from redi import attention, distributed
-    from redi.train import train
+    from redi.training import attention, distributed
+    from redi.training.loop import train
 
     if sdpa:
         attention._flash_varlen = lambda: None

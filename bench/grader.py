@@ -22,9 +22,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from redi.data.verify import Verifier
+from redi.grading.verify import Verifier
 
-TABLE = Path(__file__).parents[1] / "tests" / "redi" / "data" / "answers.tsv"
+TABLE = Path(__file__).parents[1] / "tests" / "redi" / "grading" / "answers.tsv"
 
 Item = tuple[str, str, str]  # text, expected answer, the right verdict
 

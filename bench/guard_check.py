@@ -15,9 +15,9 @@ from pathlib import Path
 
 from pages import replace_between
 
-from redi.guard import SIGNS, CollapseGuard, limit
-from redi.monitor import read_metrics
-from redi.plots import COLOURS, _dress, _figure, _save
+from redi.pages.plots import COLOURS, _dress, _figure, _save
+from redi.training.guard import SIGNS, CollapseGuard, limit
+from redi.training.logging import read_metrics
 
 PANELS = (
     ("logps/chosen", "chosen: log-prob per token"),

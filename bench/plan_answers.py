@@ -10,8 +10,8 @@ from pathlib import Path
 from pages import replace_between
 
 from redi.config import TrainConfig
-from redi.plan import GIB, Planner
 from redi.recipe import load_config
+from redi.training.plan import GIB, Planner
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "qwen-redi-1.5b-sft.yaml"  # max_length and pack: 32,768 tokens

@@ -19,11 +19,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from redi.config import TrainConfig
 from redi.data.tokenize import Tokenized, Trace
-from redi.distributed import Ranks
-from redi.model import load_model
-from redi.monitor import TrainState
-from redi.plan import Planner
-from redi.train import Loop
+from redi.training.distributed import Ranks
+from redi.training.logging import TrainState
+from redi.training.loop import Loop
+from redi.training.model import load_model
+from redi.training.plan import Planner
 
 LIMIT = 0.10
 BASE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5, "vocab_size": 2048,

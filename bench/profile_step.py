@@ -19,9 +19,9 @@ import trainer_table
 
 # Parts of a step by the function that holds them: (end of the file's name, function).
 PARTS = {
-    "forward, loss included": ("redi/model.py", "forward"),
-    "  of it attention": ("redi/attention.py", "varlen_attention"),
-    "  of it the loss": ("redi/objectives.py", "objective"),
+    "forward, loss included": ("redi/training/model.py", "forward"),
+    "  of it attention": ("redi/training/attention.py", "varlen_attention"),
+    "  of it the loss": ("redi/training/objectives.py", "objective"),
     "backward": ("torch/_tensor.py", "backward"),
     "clipping": ("torch/nn/utils/clip_grad.py", "clip_grad_norm_"),
     "optimizer": ("torch/optim/optimizer.py", "wrapper"),
@@ -35,11 +35,11 @@ def profile_steps(
     folder: Path, objective: str, tokens: int, steps: int, cpu_time: bool
 ) -> pstats.Stats:
     from redi.config import TrainConfig
-    from redi.distributed import setup
-    from redi.model import load_model, load_tokenizer
-    from redi.monitor import TrainState
     from redi.recipe import make_config
-    from redi.train import Loop, load_data
+    from redi.training.distributed import setup
+    from redi.training.logging import TrainState
+    from redi.training.loop import Loop, load_data
+    from redi.training.model import load_model, load_tokenizer
 
     trainer_table.make_input(folder, trainer_table.Case())
     settings = {
@@ -70,13 +70,13 @@ def shares(stats: pstats.Stats) -> dict[str, float]:
         rows = stats.stats.items()  # type: ignore[attr-defined]
         return sum(v[3] for k, v in rows if k[0].endswith(file) and k[2] == function)
 
-    seconds = {"step": cumulative("redi/train.py", "step")}
+    seconds = {"step": cumulative("redi/training/loop.py", "step")}
     seconds |= {part: cumulative(*place) for part, place in PARTS.items()}
     if not seconds["  of it the loss"]:  # SFT's objective is a plain function
-        seconds["  of it the loss"] = cumulative("redi/objectives.py", "sft")
+        seconds["  of it the loss"] = cumulative("redi/training/objectives.py", "sft")
     whole_parts = sum(v for k, v in seconds.items() if not k.startswith(("  ", "step")))
     seconds[OURS] = seconds["step"] - whole_parts
-    seconds[WAITING] = cumulative("redi/data/prefetch.py", "get")
+    seconds[WAITING] = cumulative("redi/training/prefetch.py", "get")
     return seconds
 
 

@@ -34,8 +34,8 @@ def one(tokens: int, pack: int, rounds: int) -> dict[str, float]:
 
     from redi.data.pack import pack_traces
     from redi.data.tokenize import Trace
-    from redi.model import PackedLM
-    from redi.objectives import StepCounts, redi
+    from redi.training.model import PackedLM
+    from redi.training.objectives import StepCounts, redi
 
     torch.manual_seed(0)
     model = PackedLM(Qwen2ForCausalLM(Qwen2Config(**MODEL))).train()

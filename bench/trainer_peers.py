@@ -28,9 +28,9 @@ class Job:
 
 
 def redi(job: Job, watch: Callable[[Any], Callable[[], None]]) -> None:
-    import redi.train
     from redi import Callback
-    from redi.model import PackedLM
+    from redi.training import loop
+    from redi.training.model import PackedLM
 
     class Steps(Callback):
         def on_step_end(self, state: Any) -> None:
@@ -50,7 +50,7 @@ def redi(job: Job, watch: Callable[[Any], Callable[[], None]]) -> None:
     }
     if kept:
         settings["kept_blocks"] = int(kept.split()[0])
-    load: Callable[..., PackedLM] = redi.train.load_model
+    load: Callable[..., PackedLM] = loop.load_model
     on_step_end: Callable[[], None]
 
     def watched(*args: Any, **kwargs: Any) -> PackedLM:
@@ -59,8 +59,8 @@ def redi(job: Job, watch: Callable[[Any], Callable[[], None]]) -> None:
         on_step_end = watch(model.lm)
         return model
 
-    redi.train.load_model = watched
-    redi.train.train(settings, callbacks=[Steps()])
+    loop.load_model = watched
+    loop.train(settings, callbacks=[Steps()])
 
 
 def trl(job: Job, watch: Callable[[Any], Callable[[], None]]) -> None:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from redi.rehearsal import LiveBytes
+from redi.training.rehearsal import LiveBytes
 
 SECTOR_BITS = 5
 

@@ -28,9 +28,9 @@ def warm_up(settings: dict[str, Any]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no threads before a fork
     torch.set_num_threads(1)
     from redi.config import TrainConfig
-    from redi.model import load_model, load_tokenizer
     from redi.recipe import make_config
-    from redi.train import load_data, make_optimizer
+    from redi.training.loop import load_data, make_optimizer
+    from redi.training.model import load_model, load_tokenizer
 
     config = make_config(TrainConfig, settings, "warm_up")
     load_data(config, load_tokenizer(config))

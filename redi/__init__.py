@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from redi.config import DataConfig, EvalConfig, RunConfig, TrainConfig
     from redi.data.build import build
     from redi.evaluation.evaluate import evaluate
-    from redi.monitor import Callback
     from redi.run import run
-    from redi.train import train
+    from redi.training.logging import Callback
+    from redi.training.loop import train
 
 _HOME = {
     "DataConfig": "redi.config",
@@ -27,9 +27,9 @@ _HOME = {
     "TrainConfig": "redi.config",
     "build": "redi.data.build",
     "evaluate": "redi.evaluation.evaluate",
-    "Callback": "redi.monitor",
+    "Callback": "redi.training.logging",
     "run": "redi.run",
-    "train": "redi.train",
+    "train": "redi.training.loop",
 }
 __all__ = [
     "Callback",

@@ -64,7 +64,7 @@ def study(
 ) -> None:
     """Tasks x arms x learning rates x seeds, to one JSON; what is in it is not done again."""
     config = load_config(StudyConfig, recipe, _overrides(StudyConfig, context.args))
-    from redi.study import study as run_study
+    from redi.study.sweep import study as run_study
 
     run_study(config, report_only=report)
 
@@ -81,13 +81,13 @@ def train(
     settings = _config(TrainConfig, config, context.args)
     if dry_run:
         preflight.check_plan(settings)
-        from redi.plan import describe
+        from redi.training.plan import describe
 
         print(describe(settings))
         return
     preflight.check_training(settings)
-    from redi import distributed
-    from redi.train import train as train_stage
+    from redi.training import distributed
+    from redi.training.loop import train as train_stage
 
     result = train_stage(settings, name=settings.objective)
     if os.environ.get("RANK", "0") == "0":
@@ -112,7 +112,7 @@ def plan(
     """What a training recipe needs and takes: memory per GPU, steps, hours; trains nothing."""
     settings = load_config(TrainConfig, recipe, _overrides(TrainConfig, context.args))
     preflight.check_plan(settings)
-    from redi.plan import describe
+    from redi.training.plan import describe
 
     print(describe(settings, gpus=gpus, gpu_memory=gpu_memory, gpu=gpu, mean_length=mean_length))
 
@@ -130,7 +130,7 @@ def evaluate(
     from redi.evaluation.compare import benchmark_table
     from redi.evaluation.evaluate import evaluate as evaluate_model
     from redi.evaluation.evaluate import evaluate_benchmarks
-    from redi.report import model_table, print_table
+    from redi.pages.tables import model_table, print_table
 
     if settings.benchmarks:
         print_table(benchmark_table(evaluate_benchmarks(model, settings, output_dir)))
@@ -150,7 +150,7 @@ def compare(
 ) -> None:
     """Evaluated models side by side: scores, intervals, paired tests."""
     from redi.evaluation.compare import load_models, paired_table, score_table
-    from redi.report import print_table
+    from redi.pages.tables import print_table
 
     models = load_models(evaluations)
     print_table(score_table(models, published))
@@ -254,7 +254,7 @@ def data_build(
     settings = _config(DataConfig, config, context.args)
     preflight.check_build(settings, tokenizer)
     from redi.data.build import build
-    from redi.monitor import ticker
+    from redi.training.logging import ticker
 
     rows = ticker("rows read")
     report = build(settings, output_dir, tokenizer=_tokenizer(tokenizer), progress=rows)
@@ -264,7 +264,7 @@ def data_build(
 def _tokenizer(name: str | None) -> Any:
     if name is None:
         return None
-    from redi.model import load_tokenizer_from
+    from redi.training.model import load_tokenizer_from
 
     return load_tokenizer_from(name)
 

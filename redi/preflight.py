@@ -11,9 +11,9 @@ from pathlib import Path
 
 from redi.config import DataConfig, EvalConfig, TrainConfig
 from redi.data.files import find_files, is_hub_name
-from redi.data.verify import check_installed
 from redi.errors import RediError
 from redi.evaluation.benchmarks import find_benchmark
+from redi.grading.verify import check_installed
 
 # Of a model: owner/name, or an old one's name.
 _REPOSITORY = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*")

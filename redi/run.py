@@ -29,8 +29,8 @@ from redi.config import DataConfig, EvalConfig, RunConfig, TrainConfig
 from redi.data.arithmetic import TASK_FILES
 from redi.errors import RediError
 from redi.files import claim, read_json, write_text
-from redi.monitor import ticker
 from redi.recipe import load_config, make_config
+from redi.training.logging import ticker
 
 if TYPE_CHECKING:
     from redi.evaluation.results import EvalResult
@@ -135,8 +135,8 @@ def _run(job: Job, callbacks: Sequence[Any]) -> "dict[str, EvalResult]":
     """What `run` does in a folder that it has claimed."""
     from redi.evaluation.evaluate import evaluate
     from redi.pages.run import RECIPE, write_run_page
-    from redi.report import write_report
-    from redi.train import train
+    from redi.pages.tables import write_report
+    from redi.training.loop import train
 
     config = job.config
     ran = yaml.safe_dump(config.model_dump(exclude_unset=True), sort_keys=False, allow_unicode=True)
@@ -172,7 +172,7 @@ def _make_task(job: Job) -> None:
 
 def _build_data(job: Job) -> None:
     from redi.data.build import build
-    from redi.model import load_tokenizer
+    from redi.training.model import load_tokenizer
 
     _say(f"== {job.data_dir.name}")
     tokenizer = load_tokenizer(next(iter(job.stages.values())))

@@ -29,9 +29,9 @@ from redi.data.pool import WorkerDied, run_all
 from redi.data.report import COUNTS, BuildReport
 from redi.data.table import Part, merge
 from redi.data.tokenize import digest_tokenizer, with_template_arguments
-from redi.data.verify import Verifier, grading_rules, num_cores
 from redi.errors import RediError, VerifierFailed
 from redi.files import claim, digest_file, publish, write_text
+from redi.grading.verify import Verifier, grading_rules, num_cores
 
 _ENOUGH = 1000  # rows, none of which could be used: a build ends there
 FORMAT = 3  # of the parts; also to be raised when a rule other than a grader's changes

@@ -12,7 +12,6 @@ from typing import Any
 
 from redi.config import DataConfig
 from redi.data.files import Block, Unreadable, read_block
-from redi.data.judge import without_opening
 from redi.data.overlap import Overlap, text_of
 from redi.data.read import (
     SAME,
@@ -25,8 +24,9 @@ from redi.data.read import (
 )
 from redi.data.report import BuildReport, bin_of
 from redi.data.tokenize import ChatFormat, over_limit
-from redi.data.verify import Verifier, extract_answer
 from redi.errors import RediError
+from redi.grading.judge import without_opening
+from redi.grading.verify import Verifier, extract_answer
 
 _CHUNK = 2000  # generations judged at once: enough to keep the verifier's workers busy
 _CHUNK_CHARS = 8 << 20

@@ -39,7 +39,7 @@ class Trace:
     num_prompt_tokens: int
     is_chosen: bool
     example: int  # index into the examples given
-    ref_logp: float | None = None  # DPO: the reference model's log-prob, summed (redi/reference.py)
+    ref_logp: float | None = None  # DPO: the reference model's log-prob, summed (dpo_reference.py)
     pushed: tuple[int, int] | None = None  # rejected: which tokens REDI pushes down; None: all
 
 

@@ -30,10 +30,10 @@ from redi import preflight
 from redi.config import EvalConfig
 from redi.data.files import name_some
 from redi.data.read import Example, Prompt, make_prompt, read_examples
-from redi.data.verify import grading_rules
 from redi.errors import RediError
 from redi.evaluation.benchmarks import BENCHMARKS, find_benchmark
-from redi.evaluation.grading import (
+from redi.evaluation.results import EvalResult, load_result, read_result
+from redi.evaluation.verdicts import (
     Question,
     grade,
     grade_again,
@@ -41,8 +41,8 @@ from redi.evaluation.grading import (
     read_questions,
     vote,
 )
-from redi.evaluation.results import EvalResult, load_result, read_result
 from redi.files import claim, read_json, write_text
+from redi.grading.verify import grading_rules
 
 # What a model's answers depend on; cards, logs and checkpoints in its folder may change.
 MODEL_FILES = (
@@ -166,8 +166,8 @@ def _load(name: str) -> tuple[Any, Any]:
     """The model, ready to generate, and its tokenizer."""
     import torch
 
-    from redi.model import load_tokenizer_from
-    from redi.start import read_causal_lm
+    from redi.training.model import load_tokenizer_from
+    from redi.training.start import read_causal_lm
 
     gc.collect()  # a trained model may still be there, as in train
     tokenizer = load_tokenizer_from(name)
@@ -387,8 +387,8 @@ def _row(
 def _packed(lm: Any, config: EvalConfig) -> Any:
     """`lm` wrapped to score packs, and shown to do it rightly. Its attention stays what it was,
     since sampling needs that."""
-    from redi.model import PackedLM
-    from redi.selfcheck import compare_with_own, keep_apart
+    from redi.training.model import PackedLM
+    from redi.training.selfcheck import compare_with_own, keep_apart
 
     own = lm.config._attn_implementation
     or_else = "leave out pairs_name to sample only"
@@ -402,11 +402,11 @@ def _score_pairs(
     lm: Any, tokenizer: Any, pairs: list[Example], config: EvalConfig, file: Path
 ) -> None:
     """Writes the log-probs of every pair that has both traces and fits the model's context."""
-    from redi.attention import NAME
     from redi.data.pack import pack_traces
     from redi.data.tokenize import tokenize_examples
-    from redi.model import sequence_logps
-    from redi.selfcheck import refuse_untold
+    from redi.training.attention import NAME
+    from redi.training.model import sequence_logps
+    from redi.training.selfcheck import refuse_untold
 
     whole = [pair for pair in pairs if pair.chosen is not None and pair.rejected is not None]
     if not whole:

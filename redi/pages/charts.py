@@ -8,7 +8,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from redi.pages.html import visible
-from redi.plots import smooth
+from redi.pages.plots import smooth
 
 WIDTH, HEIGHT = 400, 220
 LEFT, RIGHT, TOP, BOTTOM = 54, 394, 8, 192  # of the plane
@@ -51,8 +51,8 @@ class Axis:
 
 
 def axis_for(values: np.ndarray, start: float, end: float) -> Axis:
-    """Logarithmic where values of one sign span more than a factor of five, as in redi/plots.py:
-    a run that collapses must not flatten the others."""
+    """Logarithmic where values of one sign span more than a factor of five, as in plots.py: a run
+    that collapses must not flatten the others."""
     values = values[np.isfinite(values)]
     if not len(values):
         return Axis(0.0, 1.0, start, end)

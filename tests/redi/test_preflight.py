@@ -10,7 +10,7 @@ import pytest
 import tiny
 import yaml
 
-import redi.data.verify
+import redi.grading.verify
 from redi import preflight
 from redi.config import EvalConfig
 from redi.errors import RediError
@@ -117,7 +117,7 @@ def test_a_name_whose_owner_is_a_folder_here_is_a_path_unless_it_was_fetched(tmp
 
 def test_math_verify_is_asked_for_before_a_model_is_trained(tmp_path, monkeypatch):
     problems = tiny.write_jsonl(tmp_path / "test.jsonl", [{"problem": "1+1?", "answer": "2"}])
-    monkeypatch.setattr(redi.data.verify, "find_spec", lambda name: None)
+    monkeypatch.setattr(redi.grading.verify, "find_spec", lambda name: None)
     with pytest.raises(RediError, match="needs math-verify; run pip install"):
         preflight.check_questions(EvalConfig(dataset_name=str(problems)))
     preflight.check_questions(EvalConfig(dataset_name=str(problems), grader="rllm"))

@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 
-from redi import train
+from redi.training import loop
 
-make_objective = train.make_objective
+make_objective = loop.make_objective
 
 
 def poisoned(*examples: int):
-    """What to put in place of `redi.train.make_objective`."""
+    """What to put in place of `redi.training.loop.make_objective`."""
 
     def make(*args, **kwargs):
         objective = make_objective(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What every way of splitting a step must reproduce: tests/redi/trajectories.json.
+"""What every way of splitting a step must reproduce: tests/redi/training/trajectories.json.
 
     python tests/tools/trajectories.py            how far each split is from the stored numbers
     python tests/tools/trajectories.py --write    makes the numbers anew first
@@ -17,12 +17,12 @@ from unittest import mock
 
 import tiny
 
-from redi import distributed
 from redi.data import pack
-from redi.monitor import read_metrics
-from redi.schedule import Schedule
+from redi.training import distributed
+from redi.training.logging import read_metrics
+from redi.training.schedule import Schedule
 
-FILE = Path(__file__).parents[1] / "redi" / "trajectories.json"
+FILE = Path(__file__).parents[1] / "redi" / "training" / "trajectories.json"
 OBJECTIVES = ("sft", "redi", "dpo", "simpo")
 WHOLE = {"max_tokens_per_batch": 100_000}
 # Name: (recipe changes, is the step's order reversed?). Budgets make packs of 1 and 3 pairs and the
@@ -51,7 +51,7 @@ def trajectory(folder: Path) -> list[list[float]]:
 
 def run(folder: Path, objective: str, split: str) -> list[tuple[int, ...]]:
     """Trains in `folder`; returns, of each step, the traces in each pack of rank 0."""
-    from redi.train import train
+    from redi.training.loop import train
 
     changes, is_reversed = SPLITS[split]
     examples, arrange, sizes = Schedule.examples, pack.arrange, []

@@ -9,7 +9,7 @@ import pytest
 from builds import OUTPUTS, outputs, raw, run, texts, write
 from chat_formats import chatml, llama3
 
-import redi.data.verify
+import redi.grading.verify
 from redi.config import DataConfig
 from redi.data import files
 from redi.data.build import build
@@ -47,7 +47,7 @@ def test_same_bytes_whatever_the_workers_and_blocks(tmp_path, monkeypatch, shuff
 
 KILLED = """
 import os, sys
-import redi.data.verify
+import redi.grading.verify
 from redi.config import DataConfig
 from redi.data import build, files
 files.BLOCK_BYTES = 1000
@@ -171,7 +171,7 @@ def test_data_judged_by_other_rules_is_another_build(tmp_path, monkeypatch):
     run(tmp_path, rows)
     for name, changed in (("RULES", -1), ("metadata", SimpleNamespace(version=lambda name: "0"))):
         with monkeypatch.context() as other:
-            other.setattr(redi.data.verify, name, changed)
+            other.setattr(redi.grading.verify, name, changed)
             with pytest.raises(RediError, match=TACIT):
                 run(tmp_path, rows, anew=False)
     run(tmp_path, rows, anew=False)

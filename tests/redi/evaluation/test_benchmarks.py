@@ -11,8 +11,8 @@ from redi.config import EvalConfig
 from redi.errors import RediError
 from redi.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from redi.evaluation.evaluate import evaluate, evaluate_benchmarks
-from redi.evaluation.grading import Question, grade, make_verifier, read_questions, vote
 from redi.evaluation.published import PUBLISHED, SETS
+from redi.evaluation.verdicts import Question, grade, make_verifier, read_questions, vote
 
 
 @pytest.fixture(scope="module")

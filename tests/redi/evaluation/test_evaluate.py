@@ -9,15 +9,15 @@ import pytest
 import torch
 from tiny import make_lm, make_tokenizer, pair_rows, write_jsonl
 
-import redi.data.verify
 import redi.evaluation.evaluate
 import redi.evaluation.generate
+import redi.grading.verify
 from redi.config import EvalConfig
 from redi.data.tokenize import ChatFormat
 from redi.errors import RediError
 from redi.evaluation.evaluate import evaluate
 from redi.evaluation.results import load_result
-from redi.model import load_tokenizer_from
+from redi.training.model import load_tokenizer_from
 
 QUESTIONS = [
     {"id": f"q{i}", "problem": f"{i}+{i}" + "+0" * (i % 4), "answer": str(2 * i)} for i in range(7)
@@ -44,11 +44,11 @@ def config(tmp_path):
 def no_algebra(monkeypatch):
     """Grades by a rule that needs no verifier process, for tests that are not about grading."""
 
-    class Rule(redi.data.verify.Verifier):
+    class Rule(redi.grading.verify.Verifier):
         def verify(self, texts, answers, progress=None):
             return ["correct" if len(text) % 3 else "wrong" for text in texts]
 
-    monkeypatch.setattr(redi.data.verify, "Verifier", Rule)
+    monkeypatch.setattr(redi.grading.verify, "Verifier", Rule)
 
 
 def changed(config: EvalConfig, **fields) -> EvalConfig:
@@ -243,7 +243,7 @@ def test_samples_graded_by_older_rules_are_graded_again_not_made_again(
     evaluate(model, config, tmp_path / "whole")
     with monkeypatch.context() as older:
         older.setattr(redi.evaluation.evaluate, "grading_rules", lambda: "older")
-        older.setattr(redi.data.verify.Verifier, "verify", lambda self, t, a: ["wrong"] * len(t))
+        older.setattr(redi.grading.verify.Verifier, "verify", lambda self, t, a: ["wrong"] * len(t))
         calls.count, calls.limit = 0, batches_done
         if batches_done < 4:
             with pytest.raises(KeyboardInterrupt):

@@ -7,7 +7,7 @@ from html_page import HOSTILE, Page
 from redi.errors import RediError
 from redi.pages.charts import POINTS, axis_for, histogram, line_chart, short, thin
 from redi.pages.html import clip, prompt_text, token_spans, visible, write_page
-from redi.report import Table
+from redi.pages.tables import Table
 
 
 def show(folder, **changes):

@@ -9,9 +9,9 @@ from made_up import metrics_rows, write_eval, write_stage
 
 from redi.errors import RediError
 from redi.evaluation.results import bootstrap, load_result
-from redi.monitor import PARTS
 from redi.pages.charts import POINTS
 from redi.pages.run import clock, colours_of, write_run_page
+from redi.training.logging import PARTS
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Answers and their verdicts, judged in processes that can be killed."""

@@ -1,0 +1,1 @@
+"""Studies: arms, learning rates and seeds to one table."""

@@ -1,0 +1,1 @@
+"""Training: packed traces in, a model out."""
