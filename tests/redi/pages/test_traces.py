@@ -13,9 +13,9 @@ from html_page import HOSTILE, Page
 from redi.data.read import read_examples
 from redi.data.tokenize import tokenize_examples
 from redi.errors import RediError
-from redi.evaluation.token_scores import ScoredExample, ScoredTrace, kind_of, score
 from redi.pages import traces as trace_page
 from redi.pages.html import visible
+from redi.pages.token_scores import ScoredExample, ScoredTrace, kind_of, score
 from redi.pages.traces import LIMITS, colour, short_names, write_trace_page
 
 
