@@ -130,7 +130,7 @@ def evaluate(
     from redi.evaluation.compare import benchmark_table
     from redi.evaluation.evaluate import evaluate as evaluate_model
     from redi.evaluation.evaluate import evaluate_benchmarks
-    from redi.pages.tables import model_table, print_table
+    from redi.evaluation.tables import model_table, print_table
 
     if settings.benchmarks:
         print_table(benchmark_table(evaluate_benchmarks(model, settings, output_dir)))
@@ -150,7 +150,7 @@ def compare(
 ) -> None:
     """Evaluated models side by side: scores, intervals, paired tests."""
     from redi.evaluation.compare import load_models, paired_table, score_table
-    from redi.pages.tables import print_table
+    from redi.evaluation.tables import print_table
 
     models = load_models(evaluations)
     print_table(score_table(models, published))

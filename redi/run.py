@@ -134,8 +134,8 @@ def run(
 def _run(job: Job, callbacks: Sequence[Any]) -> "dict[str, EvalResult]":
     """What `run` does in a folder that it has claimed."""
     from redi.evaluation.evaluate import evaluate
+    from redi.pages.job_report import write_report
     from redi.pages.run import RECIPE, write_run_page
-    from redi.pages.tables import write_report
     from redi.training.loop import train
 
     config = job.config

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "redi"
 IMPORT = re.compile(r"^\s*(?:from|import) redi\.(\w+)", re.M)
-# Each may import those after it. (What stands alone in redi/ and is not named here serves them all.)
+# Each may import those after it; what else stands in redi/ serves them all.
 ORDER = ["cli", "study", "run", "pages", "evaluation", "training", "data", "grading"]
 
 

@@ -23,7 +23,7 @@ from redi.evaluation.results import (
     paired_difference,
     sign_test,
 )
-from redi.pages.tables import Table, format_interval, model_table
+from redi.evaluation.tables import Table, format_interval, model_table
 
 Results = Mapping[str, Mapping[str, EvalResult]]  # of each model, by benchmark
 

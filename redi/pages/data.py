@@ -12,9 +12,9 @@ from redi.data.read import Example, read_rows, to_example
 from redi.data.report import COUNTS, BuildReport
 from redi.data.tokenize import Trace, tokenize_examples
 from redi.errors import RediError
+from redi.evaluation.tables import Table
 from redi.pages.charts import histogram
 from redi.pages.html import token_spans, visible, write_page
-from redi.pages.tables import Table
 
 MAX_SOURCES = 30  # rows of the table of sources; the rest is added up
 MAX_TOKENS = 40_000  # of a trace on a page: about 2.5 MB; the middle of a longer one is left out

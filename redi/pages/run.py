@@ -11,11 +11,11 @@ import yaml
 
 from redi.errors import RediError
 from redi.evaluation.results import EvalResult, bootstrap, load_result
+from redi.evaluation.tables import Table, model_table, pairs_table
 from redi.files import read_json
 from redi.pages.charts import POINTS, line_chart
 from redi.pages.html import write_page
 from redi.pages.plots import PANELS, points
-from redi.pages.tables import Table, model_table, pairs_table
 from redi.training.logging import PARTS, read_metrics
 
 RECIPE = "recipe.yaml"  # what `redi run` ran, in its output folder

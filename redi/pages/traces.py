@@ -14,9 +14,9 @@ from markupsafe import Markup
 
 from redi.data.read import read_rows, to_example
 from redi.errors import RediError
+from redi.evaluation.tables import Table
 from redi.pages.charts import line_chart
 from redi.pages.html import clip, token_spans, write_page
-from redi.pages.tables import Table
 from redi.pages.token_scores import KINDS, ScoredExample, ScoredTrace, score
 
 LIMITS = (0.1, 0.3, 1.0, 3.0, 10.0)  # nats between two colours, the same on every page

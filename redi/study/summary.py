@@ -7,9 +7,9 @@ from typing import Any
 
 from redi.config import StudyConfig
 from redi.evaluation.results import Interval, t_interval
+from redi.evaluation.tables import Table
 from redi.files import write_text
 from redi.pages.plots import Panel, draw_panels
-from redi.pages.tables import Table
 
 Cell = dict[str, Any]
 # Columns of the table over seeds, if any cell has them; in percent, or as they are.

@@ -5,9 +5,9 @@ import pytest
 from html_page import HOSTILE, Page
 
 from redi.errors import RediError
+from redi.evaluation.tables import Table
 from redi.pages.charts import POINTS, axis_for, histogram, line_chart, short, thin
 from redi.pages.html import clip, prompt_text, token_spans, visible, write_page
-from redi.pages.tables import Table
 
 
 def show(folder, **changes):

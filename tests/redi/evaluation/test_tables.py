@@ -10,8 +10,9 @@ from made_up import make_result, metrics_rows, pair_scores
 
 import redi.pages.plots
 from redi.errors import RediError
+from redi.evaluation.tables import model_table, pairs_table, print_table
+from redi.pages.job_report import write_report
 from redi.pages.plots import draw_curves
-from redi.pages.tables import model_table, pairs_table, print_table, write_report
 
 
 @pytest.fixture
@@ -114,5 +115,5 @@ def test_without_matplotlib_there_is_a_report_and_a_hint(tmp_path, results, caps
 
 def test_import_needs_neither_matplotlib_nor_torch():
     heavy = "{'matplotlib', 'torch', 'transformers'}"
-    code = f"import sys, redi.pages.tables; sys.exit(bool({heavy} & set(sys.modules)))"
+    code = f"import sys, redi.evaluation.tables; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
