@@ -54,6 +54,7 @@ setup(
     package_dir={"redi": "redi", "redi_kernels": "kernels/redi_kernels"},
     packages=[
         "redi",
+        "redi.config",
         "redi.data",
         "redi.evaluation",
         "redi.grading",

@@ -1,4 +1,4 @@
-"""The command line: typer commands over the recipes of redi/config.py.
+"""The command line: typer commands over the recipes of redi/config/.
 
     redi run recipes/demo.yaml              everything: data, SFT, arms, evaluation, table, curves
     redi study recipes/study.yaml           arms x learning rates x seeds, compared
