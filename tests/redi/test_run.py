@@ -138,7 +138,7 @@ def test_a_changed_arm_is_refused(straight, tmp_path):
         run(make_config(RunConfig, settings, "test"))
 
 
-MOMENTS = ["sft", "eval", *(pytest.param(m, marks=pytest.mark.slow) for m in ("task", "data"))]
+MOMENTS = ["sft", *(pytest.param(m, marks=pytest.mark.slow) for m in ("task", "data", "eval"))]
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

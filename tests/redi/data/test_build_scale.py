@@ -32,7 +32,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(files, "BLOCK_BYTES", 1000)
 
 
-@pytest.mark.parametrize("shuffle_seed", [None, 42])
+@pytest.mark.parametrize("shuffle_seed", [pytest.param(None, marks=pytest.mark.slow), 42])
 def test_same_bytes_whatever_the_workers_and_blocks(tmp_path, monkeypatch, shuffle_seed):
     path, built = str(write(tmp_path, many())), {}
     for workers, block_bytes in ((1, 4 << 20), (1, 1000), (3, 1000)):
@@ -74,7 +74,7 @@ build.build(DataConfig(path=path, num_workers=int(end == "after") + 1), out)
 """
 
 
-@pytest.mark.parametrize("end", ["part", "after", "merge"])
+@pytest.mark.parametrize("end", ["part", "merge", pytest.param("after", marks=pytest.mark.slow)])
 def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path, small_blocks, end):
     path = str(write(tmp_path, many()))
     build(DataConfig(path=path, num_workers=1), tmp_path / "peace")

@@ -293,7 +293,7 @@ def is_open(descriptor):
 
 def test_worker_of_a_killed_parent_ends_by_itself(hostile):
     program = (
-        "import sys; from pathlib import Path; from redi.data import verify as v; "
+        "import sys; from pathlib import Path; from redi.grading import verify as v; "
         "v.WORKER = Path(sys.argv[1]); v.verify(['x'], ['hang'], timeout=1.0, num_workers=1)"
     )
     parent = subprocess.Popen([sys.executable, "-c", program, str(hostile / "hostile.py")])

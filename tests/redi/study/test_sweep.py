@@ -128,6 +128,7 @@ def test_own_samples_replace_the_wrong_traces_only(done):
             assert (row["id"], row["rejected"][0]["content"]) in wrong
 
 
+@pytest.mark.slow
 def test_goes_on_from_the_results_alone(done, tmp_path, monkeypatch):
     """A later session has the JSON without the models; the start is made again, with the same bits,
     and only what is missing is trained."""

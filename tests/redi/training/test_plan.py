@@ -82,6 +82,7 @@ def test_one_change_that_makes_it_fit(paper):
     assert remedies[0] in verdict
 
 
+@pytest.mark.slow
 def test_spare_memory_can_keep_blocks(paper):
     planner, limit = Planner(paper), 80e9
     kept = planner.kept_blocks(8, limit)
