@@ -19,7 +19,7 @@ EXTRAS = {
     "data": ["math-verify>=0.9"],
     "plot": ["matplotlib>=3.9.2"],
     "liger": [LIGER],  # RMSNorm, RoPE and SwiGLU on a GPU
-    "lora": ["peft>=0.18"],
+    "lora": ["peft>=0.19"],
     "track": ["tensorboard>=2.18", "trackio>=0.30"],
 }
 EXTRAS["dev"] = [

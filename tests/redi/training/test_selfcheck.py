@@ -13,7 +13,7 @@ from redi.data.pack import pack_traces
 from redi.data.tokenize import Trace
 from redi.errors import RediError
 from redi.recipe import make_config
-from redi.training import selfcheck
+from redi.training import attention, selfcheck
 from redi.training.distributed import Ranks
 from redi.training.logging import read_metrics
 from redi.training.loop import Loop, TrainConfig, make_optimizer, train
@@ -128,23 +128,56 @@ class Capped(Qwen2ForCausalLM):
         return out
 
 
+class ScaledHead(torch.nn.Linear):
+    """As dory's: its weight is not all of it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+def with_scaled_head():
+    lm = build("qwen2")
+    lm.lm_head = ScaledHead(lm.config.hidden_size, lm.config.vocab_size, bias=False)
+    return lm
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: Doubled(build("qwen2").config), "log-probs are off"),
         (lambda: Capped(build("qwen2").config), "log-probs are off"),  # 0.2 beside a cap of 50
-        (lambda: build("dory"), "weight alone"),
+        (with_scaled_head, "weight alone"),
         (lambda: build("bart", d_model=32, encoder_layers=2, decoder_layers=2), "own loss"),
         (lambda: build("mixtral", **MOE, output_router_logits=True), "own loss is"),
         (lambda: build("gpt_oss", **MOE), "own forward's"),
         (lambda: build("gemma3_text", use_bidirectional_attention=True), "own forward's"),
         (lambda: build("llama4_text", **LLAMA4, attention_chunk_size=16), "own forward's"),
     ],
-    ids=["scale", "cap", "dory", "bart", "router loss", "sinks", "bidirectional", "chunks"],
+    ids=["scale", "cap", "head", "bart", "router loss", "sinks", "bidirectional", "chunks"],
 )
 def test_what_is_computed_otherwise_is_refused(make, message):
     with pytest.raises(RediError, match=message):
         selfcheck.compare_with_own(make(), PackedLM, CPU)
+
+
+def test_an_sdpa_that_leaves_something_out_does_not_condemn_the_model(monkeypatch):
+    """As transformers 5.17's leaves out Gemma 2's cap: eager attention is the family's own word."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setitem(
+        ALL_ATTENTION_FUNCTIONS._global_mapping,
+        "sdpa",
+        lambda *args, scaling, **kwargs: sdpa(*args, scaling=2 * scaling, **kwargs),
+    )
+    lm = build("qwen2")
+    lm.set_attn_implementation("sdpa")
+    packed = selfcheck.compare_with_own(lm, PackedLM, CPU)
+    assert packed.lm.config._attn_implementation == attention.NAME
 
 
 def test_a_cap_in_the_config_alone_is_refused():
